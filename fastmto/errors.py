@@ -1,0 +1,29 @@
+"""Errors that a caller may want to catch by name.
+
+Wrong arguments raise `ValueError`, misuse of a running optimizer raises `RuntimeError`; the
+classes here are the failures that depend on the numbers.
+"""
+
+from __future__ import annotations
+
+
+class SolverError(RuntimeError):
+    """A weighting found no weights for a Gram matrix.
+
+    The update-level optimizers catch exactly this error and apply their `on_failure` policy.
+
+    Args:
+        message: what was asked, what came.
+        status: the solver's status, e.g. "near_stationary".
+    """
+
+    def __init__(self, message: str, status: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+    def __reduce__(self) -> tuple[type[SolverError], tuple[str, str]]:
+        return type(self), (str(self), self.status)
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is NaN or infinite and the policy is to raise."""
