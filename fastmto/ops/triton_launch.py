@@ -1,0 +1,79 @@
+"""What the Triton launchers share: working precision, workspaces, grid sizes."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Tiling(NamedTuple):
+    """How a pass is cut up; the defaults are the launchers', others are for tests and tuning.
+
+    block     coordinates a program takes at a time, a power of 2
+    flush     blocks summed in the working precision before they join a float64 sum
+    programs  most programs along P
+    warps     warps a program
+    """
+
+    block: int
+    flush: int
+    programs: int
+    warps: int
+
+
+def working_type(grads: Tensor) -> Any:
+    """Triton's name of the precision the maths runs in: float64 for float64, else float32."""
+    return tl.float64 if grads.dtype == torch.float64 else tl.float32
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for the interpreter's CPU, which runs programs one by one."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs_for(n_coordinates: int, tiling: Tiling) -> int:
+    """Programs along P: one a block, up to the tiling's bound, at least one."""
+    return max(1, min(tiling.programs, triton.cdiv(n_coordinates, tiling.block)))
+
+
+_workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+
+
+def workspace(device: torch.device, n_sums: int, n_counters: int) -> tuple[Tensor, Tensor]:
+    """Scratch of a reduction: (n_sums,) float64, any content, and (n_counters,) int32 zeros.
+
+    Kept from call to call, one pair a device and stream (passes on one stream never overlap);
+    it grows when a call needs more. Every pass leaves the counters at 0.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (device, stream)
+    held = _workspaces.get(key)
+    if held is None or held[0].numel() < n_sums or held[1].numel() < n_counters:
+        sums = max(n_sums, held[0].numel() if held else 0)
+        counters = max(n_counters, held[1].numel() if held else 0)
+        held = (
+            torch.empty(sums, dtype=torch.float64, device=device),
+            torch.zeros(counters, dtype=torch.int32, device=device),
+        )
+        _workspaces[key] = held
+    return held
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, warps: int, *args: Any, **constants: Any
+) -> None:
+    """Run `kernel` on the current stream of `device`.
+
+    Contraction to fused multiply-adds is asked for by name, as Triton's default changes with its
+    versions.
+    """
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True)
