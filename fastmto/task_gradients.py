@@ -1,0 +1,290 @@
+"""losses (T,) -> per-task gradients (T, P) in flat buffers.
+
+T losses cost T backward passes and no more: each gives the task's row of the shared gradients
+and the gradients of its own head. The graph is freed after the last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .flat import FlatLayout
+
+Losses = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
+
+#: A head's own gradient is read off a weighted backward by dividing by the task's weight; below
+#: this fraction of the largest weight that would cost digits, and the task gets its own backward.
+SMALLEST_SHARE = 2.0**-10
+
+
+def as_list(
+    losses: Losses, n_tasks: int | None, names: Sequence[str] | None
+) -> tuple[list[Tensor | None], list[str] | None]:
+    """The losses in task order, None for a task absent from this batch, and the tasks' names.
+
+    Args:
+        losses: T scalars: a tensor (T,), a list or tuple, or a dict of named tasks. In a dict,
+            names left out are absent tasks.
+        n_tasks: T where it is known.
+        names: the tasks' names where they are known.
+
+    Raises:
+        ValueError: the wrong number of losses, an unknown name, a loss that is no scalar tensor
+            or is not attached to a graph, or no loss at all.
+    """
+    if isinstance(losses, Mapping):
+        if names is None:
+            names = list(losses)
+            if n_tasks is not None and len(names) != n_tasks:
+                raise ValueError(f"losses must name {n_tasks} tasks, got {names}")
+        unknown = [name for name in losses if name not in names]
+        if unknown:
+            raise ValueError(f"losses must name tasks of {list(names)}, got also {unknown}")
+        values = [losses.get(name) for name in names]
+    elif isinstance(losses, Tensor):
+        if losses.dim() != 1:
+            raise ValueError(
+                "losses must be a tensor of shape (T,), a sequence or a dict, got a tensor of "
+                f"shape {tuple(losses.shape)}"
+            )
+        values = list(losses.unbind())
+    else:
+        values = list(losses)
+    if n_tasks is not None and len(values) != n_tasks:
+        raise ValueError(f"losses must hold {n_tasks} tasks, got {len(values)}")
+    for i, loss in enumerate(values):
+        if loss is None:
+            continue
+        label = f"losses[{names[i]!r}]" if isinstance(losses, Mapping) and names else f"losses[{i}]"
+        if not isinstance(loss, Tensor):
+            raise ValueError(f"{label} must be a scalar tensor, got {type(loss).__name__}")
+        if loss.numel() != 1:
+            raise ValueError(f"{label} must be a scalar, got shape {tuple(loss.shape)}")
+        if not loss.requires_grad:
+            raise ValueError(
+                f"{label} is not attached to a graph: nothing it was computed from requires grad"
+            )
+    if all(loss is None for loss in values):
+        raise ValueError(f"losses must hold at least one task, got none of {len(values)}")
+    return values, list(names) if names is not None else None
+
+
+def first_nonfinite(losses: Sequence[Tensor | None]) -> int | None:
+    """Index of the first NaN or infinite loss, None if there is none. Waits for the device."""
+    for i, loss in enumerate(losses):
+        if loss is not None and not math.isfinite(loss.item()):
+            return i
+    return None
+
+
+HeadGrads = dict[int, Tensor | None]
+
+
+class TaskGradients:
+    """The gradients of one step: T rows over the shared parameters, `.grad` on the heads.
+
+    Every backward pass of a balancer goes through here. Filled by `per_task` or `weighted`
+    (again, before `clear`: gradients add up), read by the optimizer, forgotten by `clear`.
+
+    Args:
+        layouts: of the shared parameters, one a param group and dtype.
+        heads: the task-specific parameters.
+        owners: the task each head belongs to; None is found out at the tasks' first backward,
+            where given owners are checked too.
+        n_tasks: T.
+
+    Attributes:
+        rows: per-task gradients, one buffer (T, P) a layout. After `weighted`, row 0 holds the
+            joint gradient.
+        present: whether each task took part.
+        touched: whether each task reached the shared parameters.
+        backwards: number of backward passes so far.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[FlatLayout],
+        heads: Sequence[Parameter],
+        owners: Sequence[int | None],
+        n_tasks: int,
+    ) -> None:
+        self.rows = [layout.rows(n_tasks) for layout in layouts]
+        self.owners = list(owners)
+        self.inspected = [False] * n_tasks
+        self.backwards = 0
+        self._heads = list(heads)
+        self._shared = [p for layout in layouts for p in layout.parameters]
+        self._labels = [f"shared_parameters[{k}]" for k in range(len(self._shared))]
+        self._views: list[list[Tensor]] = [
+            [
+                view
+                for rows, layout in zip(self.rows, layouts, strict=True)
+                for view in layout.views(rows[i])
+            ]
+            for i in range(n_tasks)
+        ]
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the gradients: the next backward starts afresh."""
+        self._empty = True
+        self.present = [False] * len(self.inspected)
+        self.touched = [False] * len(self.inspected)
+        for p in self._heads:
+            p.grad = None
+
+    def per_task(self, losses: Sequence[Tensor | None]) -> None:
+        """One backward a present task, each into its own row; absent tasks' rows are zero."""
+        for i, loss in enumerate(losses):
+            if loss is None and self._empty:
+                _write(self._views[i], [None] * len(self._shared), add=False)
+        present = [(i, loss) for i, loss in enumerate(losses) if loss is not None]
+        fresh: list[tuple[int, HeadGrads]] = []
+        for i, loss in present:
+            last = i == present[-1][0]
+            fresh += self._one_task(i, loss, row=i, add=not self._empty, retain=not last)
+        self._settle_owners(fresh)
+        self._empty = False
+
+    def weighted(self, losses: Sequence[Tensor | None], weights: Sequence[float]) -> None:
+        """One backward of sum_i weights_i L_i into row 0; heads get weights_i divided out again.
+
+        Tasks of (nearly) no weight and tasks never seen before take a backward of their own.
+        """
+        floor = SMALLEST_SHARE * max(weights)
+        present = [(i, loss) for i, loss in enumerate(losses) if loss is not None]
+        apart = [i for i, _ in present if weights[i] <= floor or not self.inspected[i]]
+        joint = {i: loss for i, loss in present if i not in apart}
+        add = not self._empty
+        if joint:
+            total = torch.stack([weights[i] * loss.reshape(()) for i, loss in joint.items()]).sum()
+            heads = [h for h, owner in enumerate(self.owners) if owner in joint]
+            grads, head_grads = self._backward(total, heads, retain=bool(apart))
+            self._take(joint, grads, row=0, add=add)
+            for h, grad in head_grads.items():
+                owner = self.owners[h]
+                assert owner is not None
+                self._accumulate(h, None if grad is None else grad / weights[owner])
+        elif not add:
+            _write(self._views[0], [None] * len(self._shared), add=False)
+        fresh: list[tuple[int, HeadGrads]] = []
+        for i, loss in present:
+            if i in apart:
+                retain = i != apart[-1]
+                fresh += self._one_task(i, loss, row=0, add=True, retain=retain, weight=weights[i])
+        self._settle_owners(fresh)
+        self._empty = False
+
+    def _one_task(
+        self, i: int, loss: Tensor, *, row: int, add: bool, retain: bool, weight: float = 1.0
+    ) -> list[tuple[int, HeadGrads]]:
+        """One backward of task i. At its first sight the heads' gradients are returned, to find
+        or check their owners; later they go to `.grad`."""
+        seen = self.inspected[i]
+        heads = [h for h, owner in enumerate(self.owners) if owner == i or not seen]
+        grads, head_grads = self._backward(loss, heads, retain=retain)
+        self._take([i], grads, row=row, add=add, weight=weight)
+        if not seen:
+            return [(i, head_grads)]
+        for h, grad in head_grads.items():
+            self._accumulate(h, grad)
+        return []
+
+    def _backward(
+        self, loss: Tensor, heads: Sequence[int], *, retain: bool
+    ) -> tuple[Sequence[Tensor | None], HeadGrads]:
+        """d loss / d shared and d loss / d heads; None where the loss does not reach."""
+        inputs = self._shared + [self._heads[h] for h in heads]
+        grads = torch.autograd.grad(loss, inputs, retain_graph=retain, allow_unused=True)
+        self.backwards += 1
+        for k, grad in enumerate(grads):
+            if grad is not None and grad.layout is not torch.strided:
+                n = len(self._shared)
+                label = self._labels[k] if k < n else f"task parameter {heads[k - n]}"
+                raise RuntimeError(
+                    f"{label} has a sparse gradient ({grad.layout}); per-task gradients must be "
+                    "dense: build the embedding with sparse=False"
+                )
+        n = len(self._shared)
+        return grads[:n], dict(zip(heads, grads[n:], strict=True))
+
+    def _take(
+        self,
+        tasks: Iterable[int],
+        grads: Sequence[Tensor | None],
+        *,
+        row: int,
+        add: bool,
+        weight: float = 1.0,
+    ) -> None:
+        _write(self._views[row], grads, add=add, weight=weight)
+        touched = any(grad is not None for grad in grads)
+        for i in tasks:
+            self.present[i] = True
+            self.touched[i] |= touched
+
+    def _accumulate(self, h: int, grad: Tensor | None) -> None:
+        p = self._heads[h]
+        if grad is not None:
+            p.grad = grad if p.grad is None else p.grad + grad
+
+    def _settle_owners(self, fresh: Sequence[tuple[int, HeadGrads]]) -> None:
+        """Find or check the owner of every head that tasks seen for the first time reach."""
+        if not fresh:
+            return
+        owners = list(self.owners)
+        for h, p in enumerate(self._heads):
+            label = f"task parameter {h} (shape {tuple(p.shape)})"
+            reached = [(i, g) for i, grads in fresh if (g := grads[h]) is not None]
+            moved = [i for i, g in reached if bool(g.any())]
+            if owners[h] is None and reached:
+                claims = moved or [i for i, _ in reached]
+                if len(claims) > 1 and not moved:
+                    raise ValueError(
+                        f"task_parameters: {label} has a zero gradient from each of tasks "
+                        f"{claims}, so its owner cannot be told; pass one list a task"
+                    )
+                owners[h] = claims[0]
+            strangers = [i for i in moved if i != owners[h]]
+            if strangers:
+                raise ValueError(
+                    f"task_parameters: {label} must belong to one task, but tasks "
+                    f"{sorted({*strangers, owners[h]})} have gradients on it; list it in "
+                    "shared_parameters"
+                )
+        self.owners = owners
+        for i, grads in fresh:
+            self.inspected[i] = True
+            for h, grad in grads.items():
+                if owners[h] == i:
+                    self._accumulate(h, grad)
+
+
+def _write(
+    views: Sequence[Tensor], grads: Sequence[Tensor | None], *, add: bool, weight: float = 1.0
+) -> None:
+    """Bring one backward's gradients into a row: the one copy they make.
+
+    Args:
+        views: pieces of the row, shaped like the parameters; written.
+        grads: the gradients; None stands for zero.
+        add: add weight times the gradients to what is there instead of replacing it.
+    """
+    targets, sources = [], []
+    for view, grad in zip(views, grads, strict=True):
+        if grad is not None:
+            targets.append(view)
+            sources.append(grad)
+        elif not add:
+            view.zero_()
+    if not targets or weight == 0.0:
+        return
+    if add:
+        torch._foreach_add_(targets, sources, alpha=weight)
+    else:
+        torch._foreach_copy_(targets, sources)
