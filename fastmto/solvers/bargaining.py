@@ -1,0 +1,195 @@
+"""Bargaining weights of T tasks from the Gram matrix of their updates or gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _solvers
+from .._solvers import Result
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array: TypeAlias = NDArray[np.floating[Any]]
+    Vector: TypeAlias = Array | Tensor | Sequence[float]
+
+_bargaining = _solvers.bargaining
+
+
+@overload
+def bargaining(
+    gram: Array,
+    method: str = ...,
+    preference: Vector | None = ...,
+    warm_start: Vector | None = ...,
+    tol: float = ...,
+    max_steps: int = ...,
+    ridge: float = ...,
+) -> Result[NDArray[np.float64]]: ...
+@overload
+def bargaining(
+    gram: Tensor,
+    method: str = ...,
+    preference: Vector | None = ...,
+    warm_start: Vector | None = ...,
+    tol: float = ...,
+    max_steps: int = ...,
+    ridge: float = ...,
+) -> Result[Tensor]: ...
+def bargaining(
+    gram: Array | Tensor,
+    method: str = "exact",
+    preference: Vector | None = None,
+    warm_start: Vector | None = None,
+    tol: float = 1e-12,
+    max_steps: int = 20,
+    ridge: float = 0.0,
+) -> Result[Any]:
+    """Weights a > 0 of the bargaining solution.
+
+    Sources: Nash-MTL, arXiv 2202.01017, Claim 3.1; PUB, arXiv 2410.05806, Claim 1 and equations
+    2-4. The papers treat two problems as one; here they are two methods.
+
+    `exact`: the only a > 0 with
+
+        a_i (G a)_i = p_i
+
+    the minimiser of a'Ga/2 - sum_i p_i log a_i, by damped Newton on the correlation matrix. It
+    does not depend on the lengths of the updates (u_i -> c u_i gives a_i -> a_i / c).
+
+    `ccp`: what the papers' convex-concave procedure computes, from a = 1 or `warm_start`:
+
+        a <- argmin 1'Gx + phi'(a)'x   s.t.  x_i (G x)_i >= p_i, x >= 0
+        phi'(a) = 1/a + G (1/(G a))
+
+    Its fixed point need not be the exact solution and depends on the lengths of the updates. The
+    subproblems are solved to about 1e-10; the Frobenius normalisation of the published code
+    cancels and is left out.
+
+    Failures that depend on the numbers are a status, not an exception:
+
+        solved
+        not_finite       gram holds NaN or infinity
+        not_symmetric    beyond 1e-5 of the lengths of the two updates
+        zero_update      a task whose update is zero
+        not_psd          no Gram matrix: negative lengths, cosines beyond 1, negative directions
+        near_stationary  no solution, or nearer to Pareto stationarity than float64 can resolve
+        unbounded        ccp: the problem linearised at the start has no finite minimum
+                         (some (G a)_i <= 0 there)
+        max_iterations   the tolerance was not reached
+
+    Args:
+        gram: (T, T) array or tensor of any floating dtype and layout, symmetric up to rounding
+            (the two halves are averaged), on any device; computed in float64 on the host. Not
+            modified.
+        method: "exact" or "ccp".
+        preference: (T,) bargaining powers p > 0; equal by default. Twice the preference is
+            sqrt(2) times the weights.
+        warm_start: (T,) positive. exact: where to start, e.g. the last weights; it changes the
+            number of iterations, the result only within `tol`. ccp: the first iterate, on which
+            the result may depend.
+        tol: in (0, 1). exact: largest allowed residual; what rounding allows, 4 eps kappa, is
+            added where that is more. ccp: stop when no weight moves by more, at least 1e-9.
+        max_steps: ccp: subproblems at most. Reaching it is "solved": that is what the procedure
+            is; see `residual`.
+        ridge: solve with G + ridge * diag(G), which has a solution for every Gram matrix.
+
+    Returns:
+        `Result` with
+            weights     (T,): float64 for an array; for a tensor on its device with its dtype, but
+                        at least float32. None unless solved.
+            status      one of the names above; `ok` is whether it is "solved".
+            iterations  Newton steps, or outer steps of the CCP.
+            residual    exact: max_i |a_i (G a)_i / p_i - 1|; ccp: largest relative change of a
+                        weight in the last outer step.
+            kappa       of the exact solution, in the units of the correlation matrix: a relative
+                        error e in the cosines is at most about kappa e in the weights. T for
+                        orthogonal updates, infinite at Pareto stationarity.
+        The weights carry the inverse unit of the updates: ||sum_i a_i u_i||^2 = sum_i p_i (exact).
+
+    Raises:
+        TypeError: gram is neither an array nor a tensor.
+        ValueError: a shape, a dtype, the method, or a preference, warm start, tol, max_steps or
+            ridge out of range.
+    """
+    result = _bargaining(gram, method, preference, warm_start, tol, max_steps, ridge)
+    if result is not None:
+        return result
+    # Something has to be converted; nothing has been refused so far.
+    matrix = _to_numpy(gram, "gram")
+    result = _bargaining(
+        matrix,
+        method,
+        _to_vector(preference, "preference"),
+        _to_vector(warm_start, "warm_start"),
+        tol,
+        max_steps,
+        ridge,
+    )
+    return _like(result, gram)
+
+
+def ccp_step(
+    gram: Array | Tensor,
+    previous: Vector,
+    preference: Vector | None = None,
+    ridge: float = 0.0,
+) -> Result[Any]:
+    """One outer step of method "ccp" of `bargaining`, linearised at `previous`.
+
+    Args:
+        gram, preference, ridge: as `bargaining`.
+        previous: (T,) positive, the last iterate.
+
+    Returns:
+        As `bargaining`; `iterations` counts interior-point steps (0 where all constraints are
+        active and the answer is the exact solution).
+    """
+    result = _solvers.ccp_step(
+        _to_numpy(gram, "gram"),
+        _to_vector(previous, "previous"),
+        _to_vector(preference, "preference"),
+        ridge,
+    )
+    return _like(result, gram)
+
+
+def _to_numpy(value: Any, name: str) -> NDArray[np.float64]:
+    """`value` as a C-contiguous float64 array; no copy where it is one already."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() or value.layout != torch.strided:
+            raise ValueError(
+                f"{name} must be a dense tensor of a floating dtype, "
+                f"got {value.dtype} ({value.layout})"
+            )
+        value = value.detach().to("cpu", torch.float64).numpy()
+    elif not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a numpy array or a tensor, got {type(value).__name__}")
+    if not np.issubdtype(value.dtype, np.floating):
+        raise ValueError(f"{name} must have a floating dtype, got {value.dtype}")
+    return np.ascontiguousarray(value, dtype=np.float64)
+
+
+def _to_vector(value: Any, name: str) -> NDArray[np.float64] | None:
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else _to_numpy(value, name)
+    try:
+        return np.ascontiguousarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be T numbers, got {value!r}") from error
+
+
+def _like(result: Result[NDArray[np.float64]] | None, gram: Any) -> Result[Any]:
+    """The result with weights of the kind of `gram`."""
+    if result is None:
+        raise AssertionError("a converted array was refused as not converted")
+    if not isinstance(gram, Tensor) or result.weights is None:
+        return result
+    dtype = torch.float64 if gram.dtype == torch.float64 else torch.float32
+    weights = torch.from_numpy(result.weights).to(gram.device, dtype)
+    return Result(weights, result.status, result.iterations, result.residual, result.kappa)

@@ -1,0 +1,48 @@
+"""Weights that do not look at the Gram matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import Weighting, check_tasks
+
+
+class Constant(Weighting):
+    """The same weights at every step.
+
+    Args:
+        weights: one finite number >= 0 a task.
+
+    Raises:
+        ValueError: no weights, or one that is negative or not finite.
+    """
+
+    def __init__(self, weights: Sequence[float] | Tensor) -> None:
+        self.weights = [float(w) for w in weights]
+        if not self.weights or not all(w >= 0 and math.isfinite(w) for w in self.weights):
+            raise ValueError(f"weights must be finite numbers >= 0, got {self.weights}")
+
+    def __call__(self, gram: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        indices = check_tasks(gram, tasks)
+        if tasks is None and len(gram) != len(self.weights):
+            raise ValueError(
+                f"gram must have {len(self.weights)} tasks, one a weight, got {len(gram)}"
+            )
+        return torch.tensor([self.weights[i] for i in indices], dtype=torch.float64)
+
+    def __repr__(self) -> str:
+        return f"Constant({self.weights})"
+
+
+class Equal(Weighting):
+    """Weight 1 for every task."""
+
+    def __call__(self, gram: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        return torch.ones(len(check_tasks(gram, tasks)), dtype=torch.float64)
+
+    def __repr__(self) -> str:
+        return "Equal()"
