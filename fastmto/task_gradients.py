@@ -116,6 +116,7 @@ class TaskGradients:
         self.rows = [layout.rows(n_tasks) for layout in layouts]
         self.owners = list(owners)
         self.inspected = [False] * n_tasks
+        self._reaches = [True] * n_tasks  # whether a task's last own backward reached the rows
         self.backwards = 0
         self._heads = list(heads)
         self._shared = [p for layout in layouts for p in layout.parameters]
@@ -165,7 +166,7 @@ class TaskGradients:
             total = torch.stack([weights[i] * loss.reshape(()) for i, loss in joint.items()]).sum()
             heads = [h for h, owner in enumerate(self.owners) if owner in joint]
             grads, head_grads = self._backward(total, heads, retain=bool(apart))
-            self._take(joint, grads, row=0, add=add)
+            self._take(list(joint), grads, row=0, add=add)
             for h, grad in head_grads.items():
                 owner = self.owners[h]
                 assert owner is not None
@@ -215,7 +216,7 @@ class TaskGradients:
 
     def _take(
         self,
-        tasks: Iterable[int],
+        tasks: Sequence[int],
         grads: Sequence[Tensor | None],
         *,
         row: int,
@@ -223,10 +224,12 @@ class TaskGradients:
         weight: float = 1.0,
     ) -> None:
         _write(self._views[row], grads, add=add, weight=weight)
-        touched = any(grad is not None for grad in grads)
+        reached = any(grad is not None for grad in grads)
+        if len(tasks) == 1:
+            self._reaches[tasks[0]] = reached
         for i in tasks:
             self.present[i] = True
-            self.touched[i] |= touched
+            self.touched[i] |= reached and self._reaches[i]
 
     def _accumulate(self, h: int, grad: Tensor | None) -> None:
         p = self._heads[h]

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import batch, net
+from torch import nn
+
+from fastmto.flat import FlatLayout
+from fastmto.task_gradients import TaskGradients, as_list, first_nonfinite
+
+
+def build(owners: list[int | None] | None = None, n_tasks: int = 2):
+    model = net(n_tasks=n_tasks)
+    heads = [p for hs in model.head_parameters() for p in hs]
+    if owners is None:
+        owners = [i for i, hs in enumerate(model.head_parameters()) for _ in hs]
+    layout = FlatLayout(list(model.trunk.parameters()))
+    return model, layout, TaskGradients([layout], heads, owners, n_tasks)
+
+
+def expected(model, x, i):
+    shared, heads = list(model.trunk.parameters()), model.head_parameters()[i]
+    grads = torch.autograd.grad(model.losses(x)[i], [*shared, *heads])
+    return grads[: len(shared)], grads[len(shared) :]
+
+
+def check_rows(model, layout, gradients, xs, weights=None) -> None:
+    for i in range(2):
+        total = [sum(g) for g in zip(*(expected(model, x, i)[0] for x in xs), strict=True)]
+        for view, g in zip(layout.views(gradients.rows[0][i]), total, strict=True):
+            torch.testing.assert_close(view, g)
+        for p, *gs in zip(
+            model.head_parameters()[i], *(expected(model, x, i)[1] for x in xs), strict=True
+        ):
+            torch.testing.assert_close(p.grad, sum(gs))
+
+
+@pytest.mark.parametrize("owners", ["given", "found"])
+def test_rows_and_heads_hold_each_tasks_own_gradient(owners: str) -> None:
+    model, layout, gradients = build(None if owners == "given" else [None] * 4)
+    for seed in (1, 2):  # the second time owners are known
+        gradients.clear()
+        gradients.per_task(model.losses(batch(seed)))
+        check_rows(model, layout, gradients, [batch(seed)])
+    assert gradients.owners == [0, 0, 1, 1]
+    assert gradients.backwards == 4
+
+
+def test_micro_batches_add_up_until_cleared() -> None:
+    model, layout, gradients = build()
+    gradients.per_task(model.losses(batch(1)))
+    gradients.per_task(model.losses(batch(2)))
+    check_rows(model, layout, gradients, [batch(1), batch(2)])
+
+
+def test_a_task_absent_from_the_first_micro_batch_joins_in_the_second() -> None:
+    model, layout, gradients = build()
+    gradients.rows[0].fill_(float("nan"))
+    first, second = model.losses(batch(1)), model.losses(batch(2))
+    gradients.per_task([first[0], None])
+    assert gradients.present == [True, False]
+    gradients.per_task(second)
+    assert gradients.present == [True, True]
+    for view, g in zip(
+        layout.views(gradients.rows[0][1]), expected(model, batch(2), 1)[0], strict=True
+    ):
+        torch.testing.assert_close(view, g)
+
+
+def test_the_graph_is_freed_after_the_last_backward() -> None:
+    model, _, gradients = build()
+    losses = model.losses(batch(1))
+    gradients.per_task(losses)
+    with pytest.raises(RuntimeError, match="second time"):
+        losses[0].backward()
+
+
+@pytest.mark.parametrize("weights", [[0.5, 2.0], [1.0, 0.0], [3.0, 1e-7]])
+def test_weighted_is_the_joint_gradient_and_heads_get_their_own_back(weights) -> None:
+    model, layout, gradients = build()
+    gradients.per_task(model.losses(batch(0)))  # so that tasks are known
+    gradients.clear()
+    before = gradients.backwards
+    for seed in (1, 2):
+        gradients.weighted(model.losses(batch(seed)), weights)
+    joint = [
+        sum(w * g for w, g in zip((weights * 2), gs, strict=True))
+        for gs in zip(
+            *(expected(model, batch(seed), i)[0] for seed in (1, 2) for i in range(2)), strict=True
+        )
+    ]
+    for view, g in zip(layout.views(gradients.rows[0][0]), joint, strict=True):
+        torch.testing.assert_close(view, g)
+    for i in range(2):
+        for p, *gs in zip(
+            model.head_parameters()[i],
+            *(expected(model, batch(seed), i)[1] for seed in (1, 2)),
+            strict=True,
+        ):
+            torch.testing.assert_close(p.grad, sum(gs), rtol=1e-5, atol=1e-7)
+    usual = weights == [0.5, 2.0]
+    assert gradients.backwards - before == (2 if usual else 4)
+
+
+def test_weighted_before_any_other_backward_still_finds_the_owners() -> None:
+    model, layout, gradients = build([None] * 4)
+    gradients.weighted(model.losses(batch(1)), [0.5, 2.0])
+    assert gradients.owners == [0, 0, 1, 1]
+    joint = [
+        0.5 * a + 2.0 * b
+        for a, b in zip(
+            expected(model, batch(1), 0)[0], expected(model, batch(1), 1)[0], strict=True
+        )
+    ]
+    for view, g in zip(layout.views(gradients.rows[0][0]), joint, strict=True):
+        torch.testing.assert_close(view, g)
+
+
+def test_a_task_that_does_not_reach_the_trunk_has_a_zero_row_and_a_trained_head() -> None:
+    model, layout, gradients = build()
+    for view in layout.views(gradients.rows[0][1]):
+        view.fill_(float("nan"))
+    own = model.heads[1].weight.pow(2).sum()
+    gradients.per_task([model.losses(batch(1))[0], own])
+    assert gradients.touched == [True, False]
+    assert gradients.present == [True, True]
+    assert float(gradients.rows[0][1].abs().sum()) == 0
+    torch.testing.assert_close(model.heads[1].weight.grad, 2 * model.heads[1].weight.detach())
+
+
+def test_stacked_losses_whose_graphs_touch_every_head_still_find_owners() -> None:
+    model, _, gradients = build([None] * 4)
+    gradients.per_task(list(torch.stack(model.losses(batch(1))).unbind()))
+    assert gradients.owners == [0, 0, 1, 1]
+
+
+def test_a_zero_initialised_head_belongs_to_the_only_task_that_reaches_it() -> None:
+    model, _, gradients = build([None] * 4)
+    for head in model.heads:
+        nn.init.zeros_(head.weight)
+    gradients.per_task([(0 * loss).sum() for loss in model.losses(batch(1))])
+    assert gradients.owners == [0, 0, 1, 1]
+
+
+def test_a_head_that_two_tasks_train_is_refused_and_nothing_is_settled() -> None:
+    model, _, gradients = build()
+    losses = model.losses(batch(1))
+    losses[1] = losses[1] + model.heads[0].weight.sum()
+    with pytest.raises(
+        ValueError, match=r"task parameter 0 .*one task.*\[0, 1\].*shared_parameters"
+    ):
+        gradients.per_task(losses)
+    assert gradients.inspected == [False, False]
+
+
+def test_a_head_whose_owner_cannot_be_told_is_refused() -> None:
+    model, _, gradients = build([None] * 4)
+    losses = [0 * loss for loss in torch.stack(model.losses(batch(1))).unbind()]
+    with pytest.raises(ValueError, match="one list a task"):
+        gradients.per_task(losses)
+
+
+def test_sparse_gradients_are_refused_by_name() -> None:
+    table = nn.Embedding(5, 3, sparse=True)
+    gradients = TaskGradients([FlatLayout([table.weight])], [], [], 1)
+    with pytest.raises(RuntimeError, match=r"shared_parameters\[0\].*sparse=False"):
+        gradients.per_task([table(torch.tensor([1, 2])).sum()])
+
+
+def test_losses_come_as_tensor_list_tuple_or_names() -> None:
+    a, b = torch.ones((), requires_grad=True), torch.ones(1, requires_grad=True)
+    assert as_list([a, b], 2, None) == ([a, b], None)
+    assert as_list((a, None), 2, None) == ([a, None], None)
+    values, names = as_list({"x": a, "y": b}, None, None)
+    assert values == [a, b]
+    assert names == ["x", "y"]
+    assert as_list({"y": b}, 2, ["x", "y"]) == ([None, b], ["x", "y"])
+    both = torch.stack([a, b.sum()])
+    assert [v.item() for v in as_list(both, 2, None)[0] if v is not None] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("losses", "match"),
+    [
+        ([torch.ones((), requires_grad=True)], r"losses must hold 2 tasks, got 1"),
+        (
+            [torch.ones(2, requires_grad=True)] * 2,
+            r"losses\[0\] must be a scalar, got shape \(2,\)",
+        ),
+        ([1.0, 2.0], r"losses\[0\] must be a scalar tensor, got float"),
+        ([torch.ones(()), None], r"losses\[0\] is not attached to a graph"),
+        ([None, None], r"at least one task"),
+        (torch.ones(2, 2, requires_grad=True), r"shape \(T,\).*\(2, 2\)"),
+        (torch.ones((), requires_grad=True), r"shape \(T,\).*\(\)"),
+        ({"a": torch.ones((), requires_grad=True)}, r"losses must name 2 tasks, got \['a'\]"),
+    ],
+)
+def test_losses_that_are_wrong_are_named(losses, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        as_list(losses, 2, None)
+
+
+def test_unknown_names_are_refused() -> None:
+    a = torch.ones((), requires_grad=True)
+    with pytest.raises(ValueError, match=r"of \['x', 'y'\], got also \['z'\]"):
+        as_list({"x": a, "z": a}, 2, ["x", "y"])
+    with pytest.raises(ValueError, match=r"losses\['x'\] must be a scalar tensor"):
+        as_list({"x": "1"}, 2, ["x", "y"])
+
+
+def test_the_first_nonfinite_loss_is_found() -> None:
+    good, bad = torch.tensor(1.0), torch.tensor(float("inf"))
+    assert first_nonfinite([good, None]) is None
+    assert first_nonfinite([None, good, bad]) == 2
+    assert first_nonfinite([torch.tensor(float("nan"))]) == 0
