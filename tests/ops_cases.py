@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TASKS = (1, 2, 3, 8, 32)
 
 #: Factor c of the tolerance; every op has a handful of roundings a term.
-FACTOR = 8.0
+FACTOR = 16.0
 #: Unit of the maths, by the dtype of grads.
 EPS = {dtype: 2.0 ** (-52 if dtype is torch.float64 else -23) for dtype in DTYPES}
 #: Half a unit in the last place of a stored value, relative, and absolute at the small end.

@@ -1,0 +1,91 @@
+// The CPU passes over the flat shared parameters: the complete contract.
+//
+// Semantics: the docstring of fastmto/ops/__init__.py. Pure functions over raw addresses; nothing
+// here knows Python or torch, and nothing is checked: the caller has.
+//
+// Compute type S: double for float64 grads, else float. Sums of the Gram run in float blocks of
+// kBlock coordinates (16 lanes, so at most kBlock / 16 terms a lane) and on in double. The items
+// that P is cut into depend on P and the segments alone and are combined in their order, so the
+// results have the same bits for every number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace fastmto {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+constexpr int kDTypes = 4;
+constexpr int kKinds = 6;      // the element formulas of rules.h
+constexpr int kMaxStates = 3;  // state tensors of one rule
+constexpr int kBlock = 512;    // coordinates whose updates are held in the first-level cache
+
+// Instruction sets. Any two give the same bits, but for v4 with float maths, which has fused
+// multiply-adds and estimates of 1/x and 1/sqrt(x) refined by one Newton step.
+enum class Isa : int { best = 0, baseline = 1, v3 = 2, v4 = 3 };
+
+// A rule at one step (rules.py); all six 0 for a task that takes no part.
+struct Coefficients {
+  double b1, b2, c1, c2, eps, mu;
+};
+
+struct Matrix {
+  void* data;
+  std::int64_t stride;  // elements from one row to the next
+};
+
+// What every pass over updates reads.
+struct Update {
+  int kind;                          // 0 adam 1 adagrad 2 rmsprop 3 +momentum 4 centered 5 both
+  DType dtype;                       // of grads and params
+  bool per_task;                     // state (T, P) instead of (P,)
+  int tasks;                         // T
+  std::int64_t numel;                // P
+  Matrix grads;                      // (T, P), read only
+  const Coefficients* coefficients;  // T where per_task, else 1
+  Matrix state[kMaxStates];          // S; stride unused unless per_task
+  int threads;
+  Isa isa;
+};
+
+// Clippy on the segments of P.
+struct Clip {
+  double lambda_rel, lambda_abs, lr;
+  const void* params;            // (P), dtype of grads
+  const std::int64_t* segments;  // (n_segments + 1)
+  int n_segments;
+  double* sigma;  // (T, n_segments), written whole
+};
+
+// One step of parameters and moments.
+struct Step {
+  void* params;           // (P), dtype of grads, updated
+  const double* weights;  // (T)
+  double lr, weight_decay;
+  const std::int64_t* segments;  // (n_segments + 1), or null when sigma is
+  int n_segments;
+  const double* sigma;  // (T, n_segments), or null
+};
+
+// gram (T, T) written whole. clip may be null.
+void search(const Update& update, const Clip* clip, double* gram);
+
+// Moments in update.state and step.params are updated in place.
+void apply(const Update& update, const Step& step);
+
+// search, then apply with step.weights, in one pass; step.sigma is null. (With Clippy a tensor's
+// sigma is known only at its end: that is two passes, search and apply.) The results have the bits
+// of search and apply called one after the other.
+void delayed(const Update& update, const Step& step, double* gram);
+
+// out (P), dtype of grads.
+void combine(DType dtype, int tasks, std::int64_t numel, Matrix grads, const double* weights,
+             void* out, int threads, Isa isa);
+
+// Whether none of rows x numel elements is NaN or infinite.
+bool all_finite(DType dtype, std::int64_t rows, std::int64_t numel, Matrix values, int threads,
+                Isa isa);
+
+// Whether this machine and this build have `isa`.
+bool supported(Isa isa);
+
+}  // namespace fastmto

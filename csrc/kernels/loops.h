@@ -1,0 +1,365 @@
+// The loops of blocks.h, for the instruction set of the including isa_*.cpp, which has defined
+// FASTMTO_ISA (a namespace and table name), FASTMTO_LEVEL and FASTMTO_VECTOR_BYTES and included
+// every standard header. No include guard: one inclusion, one instruction set.
+
+namespace fastmto {
+namespace FASTMTO_ISA {
+
+#include "simd.h"
+
+#include "rules.h"
+
+template <class D>
+FASTMTO_INLINE const D* row(const Rows& rows, int task, std::int64_t at) {
+  return static_cast<const D*>(rows.grads[task]) + at;
+}
+
+template <class S>
+FASTMTO_INLINE S* moment(const Rows& rows, int k, int owner, std::int64_t at) {
+  return static_cast<S*>(rows.state[k * rows.owners + owner]) + at;
+}
+
+// `n` elements from `from`; whole vectors compile to one plain load.
+template <bool whole, class D>
+FASTMTO_INLINE Pack<Compute<D>> take(const D* from, int n) {
+  if constexpr (whole) return load(from);
+  return load_some(from, n);
+}
+
+template <bool whole, class D>
+FASTMTO_INLINE void put(D* to, Pack<Compute<D>> x, int n) {
+  if constexpr (whole) {
+    store(to, x);
+  } else {
+    store_some(to, x, n);
+  }
+}
+
+// body(offset, count, whole) over [0, n) in steps of `lanes`; whole is a compile-time bool.
+template <int lanes, class Body>
+FASTMTO_INLINE void vectors(std::int64_t n, Body body) {
+  std::int64_t j = 0;
+  for (; j + lanes <= n; j += lanes) body(j, lanes, std::true_type{});
+  if (j < n) body(j, static_cast<int>(n - j), std::false_type{});
+}
+
+// Tasks first to last, which share the moments of `owner`.
+template <int kind, class D>
+FASTMTO_INLINE void updates_of(const Rows& rows, int first, int last, int owner, std::int64_t begin,
+                               int n, Compute<D>* u) {
+  using S = Compute<D>;
+  using Rule = typename RuleOf<kind, S>::type;
+  using V = Pack<S>;
+  const Rule rule(rows.coefficients[owner]);
+  vectors<V::lanes>(n, [&](std::int64_t j, int count, auto whole) __attribute__((always_inline)) {
+    V s[Rule::states];
+    for (int k = 0; k < Rule::states; ++k) {
+      s[k] = take<whole>(static_cast<const S*>(moment<S>(rows, k, owner, begin + j)), count);
+    }
+    for (int t = first; t < last; ++t) {
+      store(u + t * kBlock + j, rule.update(s, take<whole>(row<D>(rows, t, begin + j), count)));
+    }
+  });
+}
+
+template <int kind, class D>
+void updates(const Rows& rows, std::int64_t begin, int n, void* u) {
+  auto* out = static_cast<Compute<D>*>(u);
+  if (rows.owners == 1) {
+    updates_of<kind, D>(rows, 0, rows.tasks, 0, begin, n, out);
+  } else {
+    for (int t = 0; t < rows.tasks; ++t) updates_of<kind, D>(rows, t, t + 1, t, begin, n, out);
+  }
+  // gram takes two vectors at a time.
+  constexpr int lanes = Pack<Compute<D>>::lanes;
+  for (int j = (n + lanes - 1) / lanes * lanes; j % 32 != 0; j += lanes) {
+    for (int t = 0; t < rows.tasks; ++t) store(out + t * kBlock + j, broadcast(Compute<D>(0)));
+  }
+}
+
+template <class D>
+void excess(const void* u, int tasks, const void* params, std::int64_t begin, int n,
+            double lambda_rel, double lambda_abs, void* largest) {
+  using S = Compute<D>;
+  using V = Pack<S>;
+  const S* rows = static_cast<const S*>(u);
+  S* most = static_cast<S*>(largest);
+  const D* theta = static_cast<const D*>(params) + begin;
+  const V relative = broadcast(S(lambda_rel));
+  const V absolute = broadcast(S(lambda_abs));
+  vectors<V::lanes>(n, [&](std::int64_t j, int count, auto whole) __attribute__((always_inline)) {
+    const V inverse = broadcast(S(1)) / (relative * abs(take<whole>(theta + j, count)) + absolute);
+    for (int t = 0; t < tasks; ++t) {
+      S* lanes = most + t * 16;
+      store(lanes, max(abs(load(rows + t * kBlock + j)) * inverse, load(lanes)));
+    }
+  });
+}
+
+// Pairs of rows a.. (A of them) and b.. (B of them); on the diagonal a == b and only i <= j count.
+template <class S, int A, int B, bool diagonal>
+FASTMTO_INLINE void gram_tile(const S* u, int tasks, int a, int b, int n, double* lanes) {
+  using V = Pack<S>;
+  // Two sets of sums where one would leave the adders waiting for each other.
+  constexpr int sets = A * B <= 4 ? 2 : 1;
+  V sum[sets][A][B];
+  for (auto& set : sum) {
+    for (auto& line : set) {
+      for (auto& entry : line) entry = broadcast(S(0));
+    }
+  }
+  const int padded = (n + sets * V::lanes - 1) / (sets * V::lanes) * (sets * V::lanes);
+  for (int j = 0; j < padded; j += sets * V::lanes) {
+    for (int set = 0; set < sets; ++set) {
+      V left[A], right[B];
+      for (int i = 0; i < A; ++i) left[i] = load(u + (a + i) * kBlock + j + set * V::lanes);
+      for (int i = 0; i < B; ++i) {
+        right[i] = diagonal ? left[i < A ? i : 0] : load(u + (b + i) * kBlock + j + set * V::lanes);
+      }
+      for (int i = 0; i < A; ++i) {
+        for (int k = diagonal ? i : 0; k < B; ++k) {
+          sum[set][i][k] = mul_add(left[i], right[k], sum[set][i][k]);
+        }
+      }
+    }
+  }
+  for (int i = 0; i < A; ++i) {
+    const int line = a + i;
+    double* first = lanes + 8 * (line * tasks - line * (line - 1) / 2 - line);
+    for (int k = diagonal ? i : 0; k < B; ++k) {
+      V total = sum[0][i][k];
+      if constexpr (sets == 2) total = total + sum[1][i][k];
+      S values[V::lanes];
+      store(values, total);
+      double* into = first + 8 * (b + k);
+      for (int lane = 0; lane < 8; ++lane) {
+        double x = values[lane];
+        if constexpr (V::lanes == 16) x += values[lane + 8];
+        into[lane] += x;
+      }
+    }
+  }
+}
+
+template <class S>
+void gram(const void* u, int tasks, int n, double* lanes) {
+  constexpr int R = 4;
+  const S* rows = static_cast<const S*>(u);
+  for (int a = 0; a < tasks; a += R) {
+    switch (tasks - a) {
+      case 1:
+        gram_tile<S, 1, 1, true>(rows, tasks, a, a, n, lanes);
+        break;
+      case 2:
+        gram_tile<S, 2, 2, true>(rows, tasks, a, a, n, lanes);
+        break;
+      case 3:
+        gram_tile<S, 3, 3, true>(rows, tasks, a, a, n, lanes);
+        break;
+      default:
+        gram_tile<S, R, R, true>(rows, tasks, a, a, n, lanes);
+    }
+    for (int b = a + R; b < tasks; b += R) {
+      switch (tasks - b) {
+        case 1:
+          gram_tile<S, R, 1, false>(rows, tasks, a, b, n, lanes);
+          break;
+        case 2:
+          gram_tile<S, R, 2, false>(rows, tasks, a, b, n, lanes);
+          break;
+        case 3:
+          gram_tile<S, R, 3, false>(rows, tasks, a, b, n, lanes);
+          break;
+        default:
+          gram_tile<S, R, R, false>(rows, tasks, a, b, n, lanes);
+      }
+    }
+  }
+}
+
+// Moments shared by the tasks: they move on the weighted gradient, after the parameters.
+template <int kind, class D, bool known>
+FASTMTO_INLINE void apply_shared(const Rows& rows, const Factors& factors, void* params,
+                                 std::int64_t begin, std::int64_t end, const void* u,
+                                 const int* u_rows) {
+  using S = Compute<D>;
+  using Rule = typename RuleOf<kind, S>::type;
+  using V = Pack<S>;
+  const Rule rule(rows.coefficients[0]);
+  const S* weight_u = static_cast<const S*>(factors.update);
+  const S* weight_g = static_cast<const S*>(factors.grad);
+  const S* held = static_cast<const S*>(u);
+  const V decay = broadcast(S(factors.decay));
+  D* theta = static_cast<D*>(params) + begin;
+  vectors<V::lanes>(
+      end - begin, [&](std::int64_t j, int count, auto whole) __attribute__((always_inline)) {
+        V s[Rule::states];
+        for (int k = 0; k < Rule::states; ++k) {
+          s[k] = take<whole>(static_cast<const S*>(moment<S>(rows, k, 0, begin + j)), count);
+        }
+        const V p = take<whole>(static_cast<const D*>(theta + j), count);
+        V move = decay * p;
+        V joint = broadcast(S(0));
+        for (int t = 0; t < rows.tasks; ++t) {
+          const V g = take<whole>(row<D>(rows, t, begin + j), count);
+          V update;
+          if constexpr (known) {
+            update = load(held + u_rows[t] * kBlock + j);
+          } else {
+            update = rule.update(s, g);
+          }
+          move = mul_add(broadcast(weight_u[t]), update, move);
+          joint = mul_add(broadcast(weight_g[t]), g, joint);
+        }
+        put<whole>(theta + j, p - move, count);
+        rule.advance(s, joint);
+        for (int k = 0; k < Rule::states; ++k) {
+          put<whole>(moment<S>(rows, k, 0, begin + j), s[k], count);
+        }
+      });
+}
+
+// Moments of its own for every task (AdaTask); a task with factor 0 moves its moments only.
+template <int kind, class D>
+FASTMTO_INLINE void apply_per_task(const Rows& rows, const Factors& factors, void* params,
+                                   std::int64_t begin, std::int64_t end) {
+  using S = Compute<D>;
+  using Rule = typename RuleOf<kind, S>::type;
+  using V = Pack<S>;
+  const S* weight = static_cast<const S*>(factors.update);
+  const V decay = broadcast(S(factors.decay));
+  alignas(64) S moves[kBlock];
+  for (std::int64_t at = begin; at < end; at += kBlock) {
+    const std::int64_t n = end - at < kBlock ? end - at : kBlock;
+    D* theta = static_cast<D*>(params) + at;
+    vectors<V::lanes>(n, [&](std::int64_t j, int count, auto whole) __attribute__((always_inline)) {
+      store(moves + j, decay * take<whole>(static_cast<const D*>(theta + j), count));
+    });
+    for (int t = 0; t < rows.tasks; ++t) {
+      const Rule rule(rows.coefficients[t]);
+      const V a = broadcast(weight[t]);
+      const bool counts = weight[t] != 0;
+      vectors<V::lanes>(
+          n, [&](std::int64_t j, int count, auto whole) __attribute__((always_inline)) {
+            V s[Rule::states];
+            for (int k = 0; k < Rule::states; ++k) {
+              s[k] = take<whole>(static_cast<const S*>(moment<S>(rows, k, t, at + j)), count);
+            }
+            const V g = take<whole>(row<D>(rows, t, at + j), count);
+            if (counts) store(moves + j, mul_add(a, rule.update(s, g), load(moves + j)));
+            rule.advance(s, g);
+            for (int k = 0; k < Rule::states; ++k) {
+              put<whole>(moment<S>(rows, k, t, at + j), s[k], count);
+            }
+          });
+    }
+    vectors<V::lanes>(n, [&](std::int64_t j, int count, auto whole) __attribute__((always_inline)) {
+      const V p = take<whole>(static_cast<const D*>(theta + j), count);
+      put<whole>(theta + j, p - load(moves + j), count);
+    });
+  }
+}
+
+template <int kind, class D>
+void apply(const Rows& rows, const Factors& factors, void* params, std::int64_t begin,
+           std::int64_t end) {
+  if (factors.grad != nullptr) {
+    apply_shared<kind, D, false>(rows, factors, params, begin, end, nullptr, nullptr);
+  } else {
+    apply_per_task<kind, D>(rows, factors, params, begin, end);
+  }
+}
+
+template <int kind, class D>
+void apply_known(const Rows& rows, const Factors& factors, void* params, std::int64_t begin,
+                 std::int64_t end, const void* u, const int* u_rows) {
+  apply_shared<kind, D, true>(rows, factors, params, begin, end, u, u_rows);
+}
+
+#if FASTMTO_LEVEL == 4
+FASTMTO_INLINE void write_past_caches(float* to, Pack<float> x) {
+  _mm512_stream_ps(to, (__m512)x.part[0]);
+}
+#endif
+
+template <class D>
+void combine(const void* const* grads, int tasks, const void* weights, void* out,
+             std::int64_t begin, std::int64_t end, bool stream) {
+  using S = Compute<D>;
+  using V = Pack<S>;
+  const S* a = static_cast<const S*>(weights);
+  D* to = static_cast<D*>(out) + begin;
+  const auto sum = [&](std::int64_t j, int count, auto whole) __attribute__((always_inline)) {
+    V total = broadcast(S(0));
+    for (int t = 0; t < tasks; ++t) {
+      const D* from = static_cast<const D*>(grads[t]) + begin + j;
+      total = mul_add(broadcast(a[t]), take<whole>(from, count), total);
+    }
+    return total;
+  };
+#if FASTMTO_LEVEL == 4
+  if constexpr (sizeof(D) == 4) {
+    if (stream) {
+      vectors<V::lanes>(
+          end - begin, [&](std::int64_t j, int count, auto whole) __attribute__((always_inline)) {
+            const V total = sum(j, count, whole);
+            if constexpr (whole) {
+              write_past_caches(to + j, total);
+            } else {
+              store_some(to + j, total, count);
+            }
+          });
+      _mm_sfence();
+      return;
+    }
+  }
+#else
+  (void)stream;
+#endif
+  vectors<V::lanes>(end - begin,
+                    [&](std::int64_t j, int count, auto whole) __attribute__((always_inline)) {
+                      put<whole>(to + j, sum(j, count, whole), count);
+                    });
+}
+
+// An exponent of all ones is infinite or NaN.
+template <class U, U exponent>
+bool finite(const void* values, std::int64_t n) {
+  const U* bits = static_cast<const U*>(values);
+  constexpr std::int64_t stretch = 4096;
+  for (std::int64_t at = 0; at < n; at += stretch) {
+    const std::int64_t end = at + stretch < n ? at + stretch : n;
+    U bad = 0;
+    for (std::int64_t j = at; j < end; ++j) bad |= U((bits[j] & exponent) == exponent);
+    if (bad != 0) return false;
+  }
+  return true;
+}
+
+#define FASTMTO_ROW(name, kind) \
+  { name<kind, float>, name<kind, double>, name<kind, BFloat16>, name<kind, Float16> }
+#define FASTMTO_TABLE(name)                                                             \
+  {                                                                                     \
+    FASTMTO_ROW(name, 0), FASTMTO_ROW(name, 1), FASTMTO_ROW(name, 2),                   \
+    FASTMTO_ROW(name, 3), FASTMTO_ROW(name, 4), FASTMTO_ROW(name, 5),                   \
+  }
+
+}  // namespace FASTMTO_ISA
+
+#define FASTMTO_GLUE(a, b) a##b
+#define FASTMTO_NAME(isa) FASTMTO_GLUE(blocks_, isa)
+const Blocks FASTMTO_NAME(FASTMTO_ISA) = [] {
+  using namespace FASTMTO_ISA;
+  return Blocks{
+      FASTMTO_TABLE(updates),
+      {excess<float>, excess<double>, excess<BFloat16>, excess<Float16>},
+      {gram<float>, gram<double>},
+      FASTMTO_TABLE(apply),
+      FASTMTO_TABLE(apply_known),
+      {combine<float>, combine<double>, combine<BFloat16>, combine<Float16>},
+      {finite<std::uint32_t, 0x7f800000u>, finite<std::uint64_t, 0x7ff0000000000000u>,
+       finite<std::uint16_t, 0x7f80>, finite<std::uint16_t, 0x7c00>},
+  };
+}();
+
+}  // namespace fastmto

@@ -1,0 +1,480 @@
+// The passes of kernels.h: P is cut into items, the items go to threads, their sums are combined
+// in the order of the items.
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "blocks.h"
+#include "kernels.h"
+
+namespace fastmto {
+namespace {
+
+// Below this many elements read, a region of threads costs more than it saves.
+constexpr std::int64_t kSerial = 1 << 16;
+// Items that P is cut into, at most, before tensors' borders cut further.
+constexpr std::int64_t kItems = 128;
+// From here on an output does not fit the caches and is better written past them.
+constexpr std::int64_t kStreamBytes = 1 << 23;
+
+const Blocks& blocks_of(Isa isa) {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  switch (isa) {
+    case Isa::baseline:
+      return blocks_baseline;
+    case Isa::v3:
+      return blocks_v3;
+    case Isa::v4:
+      return blocks_v4;
+    case Isa::best:
+      break;
+  }
+  static const Blocks& best = supported(Isa::v4)   ? blocks_v4
+                              : supported(Isa::v3) ? blocks_v3
+                                                   : blocks_baseline;
+  return best;
+#else
+  (void)isa;
+  return blocks_baseline;
+#endif
+}
+
+// The estimates of v4 clamp roots to about 1e-19, which an ordinary eps hides.
+const Blocks& blocks_for(const Update& update) {
+  if (update.isa == Isa::best && update.dtype != DType::f64) {
+    const int owners = update.per_task ? update.tasks : 1;
+    for (int i = 0; i < owners; ++i) {
+      const Coefficients& c = update.coefficients[i];
+      if (c.eps > 0 && c.eps < 2e-12 * std::max(1.0, c.c2)) {
+        return blocks_of(supported(Isa::v3) ? Isa::v3 : Isa::baseline);
+      }
+    }
+  }
+  return blocks_of(update.isa);
+}
+
+int size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+int compute_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+
+// Threads worth having for `items` items of `work` elements altogether.
+int useful(int threads, std::int64_t items, std::int64_t work) {
+#ifdef _OPENMP
+  if (work >= kSerial) return static_cast<int>(std::min<std::int64_t>(threads, items));
+#else
+  (void)threads, (void)items, (void)work;
+#endif
+  return 1;
+}
+
+// body(item, thread) for every item; which thread takes which makes no difference to any result.
+template <class Body>
+void in_parallel(std::int64_t items, int threads, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (std::int64_t i = 0; i < items; ++i) body(i, omp_get_thread_num());
+    return;
+  }
+#else
+  (void)threads;
+#endif
+  for (std::int64_t i = 0; i < items; ++i) body(i, 0);
+}
+
+// Memory that stays with the calling thread: a training loop allocates in its first step only.
+class Arena {
+ public:
+  // At least `bytes` bytes, aligned to a cache line, valid until the next call.
+  char* take(std::size_t bytes) {
+    if (bytes > size_) {
+      memory_.reset(new char[bytes + 64]);
+      size_ = bytes;
+    }
+    const auto address = reinterpret_cast<std::uintptr_t>(memory_.get());
+    return memory_.get() + (64 - address % 64) % 64;
+  }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  std::size_t size_ = 0;
+};
+
+// The tasks that take part, with their rows.
+struct Tasks {
+  std::vector<int> index;  // in the caller's numbering
+  std::vector<const void*> grads;
+  std::vector<void*> state;
+  std::vector<Coefficients> coefficients;
+  Rows rows;
+
+  // Refills the vectors, whose memory is kept from call to call.
+  template <class Keep>
+  void fill(const Update& update, const Keep& keep) {
+    index.clear();
+    grads.clear();
+    state.clear();
+    coefficients.clear();
+    const int size = size_of(update.dtype);
+    for (int i = 0; i < update.tasks; ++i) {
+      if ((update.per_task && update.coefficients[i].eps == 0) || !keep(i)) continue;
+      index.push_back(i);
+      grads.push_back(static_cast<const char*>(update.grads.data) + i * update.grads.stride * size);
+      if (update.per_task) coefficients.push_back(update.coefficients[i]);
+    }
+    if (!update.per_task) coefficients.push_back(update.coefficients[0]);
+    const int width = compute_size(update.dtype);
+    for (const Matrix& moments : update.state) {
+      char* data = static_cast<char*>(moments.data);
+      if (!update.per_task) {
+        state.push_back(data);
+      } else {
+        for (const int i : index) {
+          state.push_back(data == nullptr ? nullptr : data + i * moments.stride * width);
+        }
+      }
+    }
+    rows = Rows{static_cast<int>(index.size()), grads.data(), state.data(),
+                update.per_task ? static_cast<int>(index.size()) : 1, coefficients.data()};
+  }
+};
+
+// A stretch of P: either whole small tensors, or (a part of) one tensor.
+struct Item {
+  std::int64_t begin, end;
+  int first, last;  // segments; last = first + 1 for parts
+  bool whole;       // every tensor in it is complete
+};
+
+std::int64_t chunk_of(std::int64_t numel) {
+  const std::int64_t even = (numel + kItems - 1) / kItems;
+  return std::max<std::int64_t>(8 * kBlock, (even + kBlock - 1) / kBlock * kBlock);
+}
+
+// At most about 3 kItems items, whatever the number of segments.
+void cut(const std::int64_t* segments, int n_segments, std::vector<Item>& items) {
+  items.clear();
+  const std::int64_t chunk = chunk_of(segments[n_segments]);
+  for (int s = 0; s < n_segments;) {
+    const std::int64_t begin = segments[s];
+    if (segments[s + 1] - begin > chunk) {
+      for (std::int64_t at = begin; at < segments[s + 1]; at += chunk) {
+        items.push_back({at, std::min(at + chunk, segments[s + 1]), s, s + 1, false});
+      }
+      ++s;
+      continue;
+    }
+    int last = s + 1;
+    while (last < n_segments && segments[last + 1] - begin <= chunk) ++last;
+    items.push_back({begin, segments[last], s, last, true});
+    s = last;
+  }
+}
+
+std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// These stay with the calling thread; the threads of a region reach them through references.
+thread_local Arena search_arena, apply_arena;
+thread_local Tasks search_tasks, apply_tasks;
+thread_local std::vector<Item> search_items, apply_items;
+
+double clippy_factor(double lr, double largest) {
+  const double ratio = lr * largest;
+  return ratio > 1 ? 1 / ratio : 1;
+}
+
+// Memory of one search: for every thread the updates of a block, the Gram's lanes, the largest
+// ratios of Clippy and the sums of one small tensor; for every item its sums and largest ratios.
+class Workspace {
+ public:
+  Workspace(Arena& arena, int tasks, int pairs, bool wide, int threads, std::int64_t items)
+      : updates_(0),
+        lanes_(aligned(updates_ + std::size_t(wide ? 8 : 4) * kBlock * tasks)),
+        largest_(lanes_ + std::size_t(64) * pairs),
+        sums_(largest_ + std::size_t(128) * tasks),
+        slot_(aligned(sums_ + 8 * std::size_t(pairs + tasks))),
+        result_(aligned(8 * std::size_t(pairs + tasks))),
+        results_(slot_ * threads),
+        data_(arena.take(results_ + result_ * (items + 1))) {}
+
+  char* updates(int slot) const { return data_ + slot_ * slot + updates_; }
+  double* lanes(int slot) const { return doubles(slot_ * slot + lanes_); }
+  char* largest(int slot) const { return data_ + slot_ * slot + largest_; }
+  double* sums(int slot) const { return doubles(slot_ * slot + sums_); }
+  double* result(std::int64_t item) const { return doubles(results_ + result_ * item); }
+
+ private:
+  double* doubles(std::size_t at) const { return reinterpret_cast<double*>(data_ + at); }
+
+  std::size_t updates_, lanes_, largest_, sums_, slot_, result_, results_;
+  char* data_;
+};
+
+// `after(begin, n, u)` follows every block of at most kBlock coordinates, while its updates u are
+// at hand.
+template <class After>
+void gather(const Update& update, const Clip* clip, const Blocks& blocks, double* gram,
+            const After& after) {
+  Tasks& tasks = search_tasks;
+  std::vector<Item>& items = search_items;
+  tasks.fill(update, [](int) { return true; });
+  const int T = tasks.rows.tasks;
+  const int pairs = T * (T + 1) / 2;
+  const auto dtype = static_cast<int>(update.dtype);
+  const bool wide = update.dtype == DType::f64;
+  const std::int64_t whole[2] = {0, update.numel};
+  if (clip != nullptr) {
+    cut(clip->segments, clip->n_segments, items);
+    std::fill(clip->sigma, clip->sigma + std::int64_t(update.tasks) * clip->n_segments, 1.0);
+  } else {
+    cut(whole, 1, items);
+  }
+  const auto n_items = static_cast<std::int64_t>(items.size());
+  const int threads = useful(update.threads, n_items, update.numel * (T + 2));
+  const Workspace memory(search_arena, T, pairs, wide, threads, n_items);
+
+  // The plain Gram and the largest ratios of [begin, end) into sums (pairs, then tasks).
+  const auto sum_up = [&](std::int64_t begin, std::int64_t end, int slot, double* sums) {
+    double* lanes = memory.lanes(slot);
+    char* largest = memory.largest(slot);
+    char* u = memory.updates(slot);
+    std::fill(lanes, lanes + 8 * pairs, 0.0);
+    if (clip != nullptr) std::memset(largest, 0, std::size_t(128) * T);
+    for (std::int64_t at = begin; at < end; at += kBlock) {
+      const int n = static_cast<int>(std::min<std::int64_t>(kBlock, end - at));
+      blocks.updates[update.kind][dtype](tasks.rows, at, n, u);
+      if (clip != nullptr) {
+        blocks.excess[dtype](u, T, clip->params, at, n, clip->lambda_rel, clip->lambda_abs,
+                             largest);
+      }
+      blocks.gram[wide](u, T, n, lanes);
+      after(at, n, u);
+    }
+    for (int pair = 0; pair < pairs; ++pair) {
+      sums[pair] = 0;
+      for (int lane = 0; lane < 8; ++lane) sums[pair] += lanes[8 * pair + lane];
+    }
+    for (int t = 0; t < T; ++t) {
+      double most = 0;
+      for (int lane = 0; clip != nullptr && lane < 16; ++lane) {
+        const int at = 16 * t + lane;
+        most = std::max(most, wide ? reinterpret_cast<double*>(largest)[at]
+                                   : double(reinterpret_cast<float*>(largest)[at]));
+      }
+      sums[pairs + t] = most;
+    }
+  };
+
+  // total += sigma_i sigma_j sums_ij with the sigma of tensor s, which is written down.
+  const auto add_clipped = [&](double* sums, int s, double* total) {
+    for (int t = 0; t < T; ++t) {
+      sums[pairs + t] = clippy_factor(clip->lr, sums[pairs + t]);
+      clip->sigma[std::int64_t(tasks.index[t]) * clip->n_segments + s] = sums[pairs + t];
+    }
+    for (int i = 0, pair = 0; i < T; ++i) {
+      for (int j = i; j < T; ++j, ++pair) {
+        total[pair] += sums[pairs + i] * sums[pairs + j] * sums[pair];
+      }
+    }
+  };
+
+  in_parallel(n_items, threads, [&](std::int64_t i, int slot) {
+    const Item& item = items[i];
+    double* result = memory.result(i);
+    if (clip == nullptr || !item.whole) {
+      sum_up(item.begin, item.end, slot, result);
+      return;
+    }
+    std::fill(result, result + pairs, 0.0);
+    for (int s = item.first; s < item.last; ++s) {
+      sum_up(clip->segments[s], clip->segments[s + 1], slot, memory.sums(slot));
+      add_clipped(memory.sums(slot), s, result);
+    }
+  });
+
+  double* total = memory.result(n_items);
+  std::fill(total, total + pairs, 0.0);
+  for (std::int64_t i = 0; i < n_items;) {
+    double* result = memory.result(i);
+    if (clip == nullptr || items[i].whole) {
+      for (int pair = 0; pair < pairs; ++pair) total[pair] += result[pair];
+      ++i;
+      continue;
+    }
+    const int s = items[i].first;
+    for (++i; i < n_items && items[i].first == s; ++i) {
+      const double* part = memory.result(i);
+      for (int pair = 0; pair < pairs; ++pair) result[pair] += part[pair];
+      for (int t = pairs; t < pairs + T; ++t) result[t] = std::max(result[t], part[t]);
+    }
+    add_clipped(result, s, total);
+  }
+  std::fill(gram, gram + std::int64_t(update.tasks) * update.tasks, 0.0);
+  for (int i = 0, pair = 0; i < T; ++i) {
+    for (int j = i; j < T; ++j, ++pair) {
+      const std::int64_t a = tasks.index[i], b = tasks.index[j];
+      gram[a * update.tasks + b] = gram[b * update.tasks + a] = total[pair];
+    }
+  }
+}
+
+// The tasks that move something in a step and their factors, one set a segment where Clippy's
+// sigma are given.
+struct Move {
+  const Rows& rows;
+  char* factors;  // S: for every segment T of lr weights sigma; then T weights
+  int size;       // of S
+  int sets;
+  double decay;
+  bool shared;
+
+  Factors of(int segment) const {
+    const std::int64_t row = std::int64_t(size) * rows.tasks;
+    return {factors + row * segment, shared ? factors + row * sets : nullptr, decay};
+  }
+};
+
+template <class S>
+void fill_factors(const Step& step, const std::vector<int>& index, int sets, void* out) {
+  S* factor = static_cast<S*>(out);
+  for (int s = 0; s < sets; ++s) {
+    for (const int i : index) {
+      double a = step.lr * step.weights[i];
+      if (step.sigma != nullptr) a *= step.sigma[std::int64_t(i) * step.n_segments + s];
+      *factor++ = S(a);
+    }
+  }
+  for (const int i : index) *factor++ = S(step.weights[i]);
+}
+
+Move plan(const Update& update, const Step& step) {
+  Tasks& tasks = apply_tasks;
+  tasks.fill(update, [&](int i) { return update.per_task || step.weights[i] != 0; });
+  const int sets = step.sigma != nullptr ? step.n_segments : 1;
+  const int size = compute_size(update.dtype);
+  char* factors = apply_arena.take(std::size_t(size) * tasks.rows.tasks * (sets + 1));
+  if (size == 8) {
+    fill_factors<double>(step, tasks.index, sets, factors);
+  } else {
+    fill_factors<float>(step, tasks.index, sets, factors);
+  }
+  return {tasks.rows, factors, size, sets, step.lr * step.weight_decay, !update.per_task};
+}
+
+}  // namespace
+
+bool supported(Isa isa) {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  if (isa == Isa::v3) return __builtin_cpu_supports("x86-64-v3");
+  if (isa == Isa::v4) return __builtin_cpu_supports("x86-64-v4");
+  return true;
+#else
+  return isa == Isa::best || isa == Isa::baseline;
+#endif
+}
+
+void search(const Update& update, const Clip* clip, double* gram) {
+  gather(update, clip, blocks_for(update), gram, [](std::int64_t, int, const char*) {});
+}
+
+void apply(const Update& update, const Step& step) {
+  const Move move = plan(update, step);
+  const auto function = blocks_for(update).apply[update.kind][static_cast<int>(update.dtype)];
+  std::vector<Item>& items = apply_items;
+  const std::int64_t whole[2] = {0, update.numel};
+  if (step.sigma != nullptr) {
+    cut(step.segments, step.n_segments, items);
+  } else {
+    cut(whole, 1, items);
+  }
+  const auto n_items = static_cast<std::int64_t>(items.size());
+  const int threads = useful(update.threads, n_items, update.numel * (update.tasks + 3));
+  in_parallel(n_items, threads, [&](std::int64_t i, int) {
+    const Item& item = items[i];
+    if (!item.whole || step.sigma == nullptr) {
+      function(move.rows, move.of(item.first), step.params, item.begin, item.end);
+      return;
+    }
+    for (int s = item.first; s < item.last; ++s) {
+      function(move.rows, move.of(s), step.params, step.segments[s], step.segments[s + 1]);
+    }
+  });
+}
+
+void delayed(const Update& update, const Step& step, double* gram) {
+  const Blocks& blocks = blocks_for(update);
+  const auto dtype = static_cast<int>(update.dtype);
+  const Move move = plan(update, step);
+  const Factors factors = move.of(0);
+  if (update.per_task) {
+    const auto function = blocks.apply[update.kind][dtype];
+    gather(update, nullptr, blocks, gram, [&](std::int64_t begin, int n, const char*) {
+      function(move.rows, factors, step.params, begin, begin + n);
+    });
+  } else {
+    // Without absent tasks the updates of task i stand in row i.
+    const auto function = blocks.apply_known[update.kind][dtype];
+    const int* index = apply_tasks.index.data();
+    gather(update, nullptr, blocks, gram, [&](std::int64_t begin, int n, const char* u) {
+      function(move.rows, factors, step.params, begin, begin + n, u, index);
+    });
+  }
+}
+
+void combine(DType dtype, int tasks, std::int64_t numel, Matrix grads, const double* weights,
+             void* out, int threads, Isa isa) {
+  Update update{};
+  update.dtype = dtype;
+  update.tasks = tasks;
+  update.numel = numel;
+  update.grads = grads;
+  const Coefficients none{};
+  update.coefficients = &none;
+  Step step{};
+  step.weights = weights;
+  const Move move = plan(update, step);
+  std::vector<Item>& items = apply_items;
+  const std::int64_t whole[2] = {0, numel};
+  cut(whole, 1, items);
+  const auto n_items = static_cast<std::int64_t>(items.size());
+  const int size = size_of(dtype);
+  const bool stream =
+      numel * size >= kStreamBytes && reinterpret_cast<std::uintptr_t>(out) % 64 == 0;
+  const auto function = blocks_of(isa).combine[static_cast<int>(dtype)];
+  const void* factors = move.of(0).grad;
+  in_parallel(n_items, useful(threads, n_items, numel * (tasks + 1)), [&](std::int64_t i, int) {
+    function(move.rows.grads, move.rows.tasks, factors, out, items[i].begin, items[i].end, stream);
+  });
+}
+
+bool all_finite(DType dtype, std::int64_t rows, std::int64_t numel, Matrix values, int threads,
+                Isa isa) {
+  const auto function = blocks_of(isa).finite[static_cast<int>(dtype)];
+  const int size = size_of(dtype);
+  const char* data = static_cast<const char*>(values.data);
+  const std::int64_t chunk = chunk_of(numel);
+  const std::int64_t chunks = (numel + chunk - 1) / chunk;
+  std::atomic<bool> finite{true};
+  in_parallel(rows * chunks, useful(threads, rows * chunks, rows * numel),
+              [&](std::int64_t i, int) {
+                if (!finite.load(std::memory_order_relaxed)) return;
+                const std::int64_t begin = i % chunks * chunk;
+                const char* from = data + (i / chunks * values.stride + begin) * size;
+                if (!function(from, std::min(chunk, numel - begin))) {
+                  finite.store(false, std::memory_order_relaxed);
+                }
+              });
+  return finite.load();
+}
+
+}  // namespace fastmto
