@@ -1,0 +1,9 @@
+"""Small multi-task models that know their shared and their task-specific parameters."""
+
+from __future__ import annotations
+
+from .base import MultiTaskModel, TabularEncoder
+from .mmoe import MMOE
+from .shared_bottom import SharedBottom
+
+__all__ = ["MMOE", "MultiTaskModel", "SharedBottom", "TabularEncoder"]

@@ -1,0 +1,466 @@
+"""A training run as one readable function, with an honest account of where the time goes.
+
+    model = MMOE(data.n_dense, data.field_sizes, [task.n_outputs for task in data.tasks])
+    result = train(model, data, balancer("pub", lr=1e-3), epochs=3, batch_size=1024)
+    result.epochs[-1].test, result.timing.balancing_share
+
+**What counts as balancing.** Equal weighting pays one forward, one backward of the summed loss and
+one step of torch's fused Adam. Balancing is everything else of a step, measured in the same run:
+
+    balancing = (backward + optimizer step) - (one plain backward + one plain Adam step)
+
+The plain backward is that of the run's own steps with a single backward pass, if it has any. The
+plain Adam step (and the plain backward of a run without single-backward steps) comes from probes:
+every `PROBE_EVERY` steps a plain step is made beside the run on copies of the parameters, and is
+counted in no other time. All figures are medians, taken apart for steps with one and with several
+backward passes and put together by their numbers, because a single stall of the machine would
+outweigh hundreds of searches. The share may come out slightly below 0, by noise or where the
+optimizer's step is quicker than torch's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .adatask import AdaTask
+from .clippy_adam import ClippyAdam
+from .data.base import MultiTaskData, Split, Task
+from .models.base import MultiTaskModel
+from .pub import PUB
+
+#: Steps between two probes of what a plain step costs.
+PROBE_EVERY = 25
+#: Rows scored at once.
+_EVALUATION_ROWS = 8192
+
+Floats = npt.NDArray[np.float64]
+
+
+class Balancer(Protocol):
+    """What `train` asks of an optimizer; `fastmto.PUB` and `fastmto.AdaTask` have it."""
+
+    stats: dict[str, int]
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Task weights (T,) of the last step."""
+
+    def zero_grad(self) -> None:
+        """Clears the gradients."""
+
+    def backward(self, losses: Tensor) -> None:
+        """Takes the losses (T,) in place of `loss.backward()`."""
+
+    def step(self) -> Any:
+        """Moves the parameters."""
+
+
+class SummedLosses:
+    """Equal weighting: any torch optimizer on the sum of the losses, as a `Balancer`.
+
+    Args:
+        optimizer: over all parameters.
+        n_tasks: T.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, n_tasks: int) -> None:
+        self.optimizer = optimizer
+        self.weights = torch.ones(n_tasks, dtype=torch.float64)
+        self.stats = {"steps": 0, "backwards": 0}
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def backward(self, losses: Tensor) -> None:
+        torch.autograd.backward(losses.sum())
+        self.stats["backwards"] += 1
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.stats["steps"] += 1
+
+
+MakeBalancer = Callable[[MultiTaskModel], Balancer]
+
+
+def balancer(
+    name: str, *, lr: float, weight_decay: float = 0.0, update_weights_every: int = 10
+) -> MakeBalancer:
+    """What `train` needs to build a balancer by name, with the library's other defaults.
+
+    Args:
+        name: "equal" (torch's fused Adam on the summed losses, whose decay is the classical one),
+            "clippy" (`ClippyAdam` on the summed losses), "adatask", "pub", "pub_clippy" or
+            "pub_adatask".
+        lr: learning rate.
+        weight_decay: the optimizer's.
+        update_weights_every: steps between two searches of weights, where there are searches.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+
+    def equal(model: MultiTaskModel) -> Balancer:
+        adam = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        return SummedLosses(adam, len(model.task_parameters()))
+
+    def clippy(model: MultiTaskModel) -> Balancer:
+        adam = ClippyAdam(model.parameters(), lr=lr, weight_decay=weight_decay)
+        return SummedLosses(adam, len(model.task_parameters()))
+
+    def adatask(model: MultiTaskModel) -> Balancer:
+        return AdaTask(
+            model.shared_parameters(), model.task_parameters(), lr=lr, weight_decay=weight_decay
+        )
+
+    def pub(*, clippy: bool = False, adatask: bool = False) -> MakeBalancer:
+        return lambda model: PUB(
+            model.shared_parameters(),
+            model.task_parameters(),
+            lr=lr,
+            weight_decay=weight_decay,
+            update_weights_every=update_weights_every,
+            clippy=clippy,
+            adatask=adatask,
+        )
+
+    makers: dict[str, MakeBalancer] = {
+        "equal": equal,
+        "clippy": clippy,
+        "adatask": adatask,
+        "pub": pub(),
+        "pub_clippy": pub(clippy=True),
+        "pub_adatask": pub(adatask=True),
+    }
+    if name not in makers:
+        raise ValueError(f"balancer must be one of {', '.join(makers)}, got {name!r}")
+    return makers[name]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the training part.
+
+    Args:
+        train_losses: mean loss of each task over the epoch's batches, taken while training.
+        validation, test: each task's metric after the epoch, NaN where the model's outputs are.
+        seconds: spent in steps; probes and evaluation left out.
+    """
+
+    train_losses: dict[str, float]
+    validation: dict[str, float]
+    test: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Every step of a run, n of them.
+
+    Args:
+        losses: (n, T).
+        weights: (n, T), those the step was made with, or took up for the next ones.
+        backwards: (n,) number of backward passes.
+        forward, backward, update: (n,) seconds; forward includes fetching the batch and the
+            losses, update is `optimizer.step()`.
+        probes: (k, 2) seconds of plain backwards and plain Adam steps.
+    """
+
+    losses: Floats
+    weights: Floats
+    backwards: npt.NDArray[np.int64]
+    forward: Floats
+    backward: Floats
+    update: Floats
+    probes: Floats
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Typical times of a step in milliseconds; see the module's docstring.
+
+    Args:
+        step, forward, backward, update: of a step, step being the sum of the others.
+        plain_backward, plain_update: what equal weighting would have paid.
+        balancing_share: balancing time / step time.
+    """
+
+    step: float
+    forward: float
+    backward: float
+    update: float
+    plain_backward: float
+    plain_update: float
+    balancing_share: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run was and did.
+
+    Args:
+        name: of the balancer.
+        tasks: T tasks.
+        epochs: one record each.
+        steps: the log of every step.
+        timing: where a step's time goes.
+        stats: the balancer's counters at the end.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    epochs: list[Epoch]
+    steps: Steps
+    timing: Timing
+    stats: dict[str, int]
+
+
+def task_losses(model: MultiTaskModel, tasks: tuple[Task, ...], batch: Split) -> Tensor:
+    """The losses (T,) of a batch, attached to the graph."""
+    outputs = model(batch.dense, batch.categorical)
+    return torch.stack(
+        [
+            task.loss(output, target)
+            for task, output, target in zip(tasks, outputs, batch.targets.unbind(1), strict=True)
+        ]
+    )
+
+
+def evaluate(model: MultiTaskModel, tasks: tuple[Task, ...], split: Split) -> dict[str, float]:
+    """Each task's metric over a whole part; NaN for a task whose outputs are not finite."""
+    chunks = []
+    with torch.inference_mode():
+        for start in range(0, len(split), _EVALUATION_ROWS):
+            end = start + _EVALUATION_ROWS
+            chunks.append(model(split.dense[start:end], split.categorical[start:end]))
+    scores = {}
+    for task, parts, target in zip(
+        tasks, zip(*chunks, strict=True), split.targets.unbind(1), strict=True
+    ):
+        output = torch.cat(parts)
+        finite = bool(output.isfinite().all())
+        scores[task.name] = task.score(output, target) if finite else math.nan
+    return scores
+
+
+class _PlainProbe:
+    """A plain step beside the run, that touches neither the model nor its optimizer."""
+
+    def __init__(self, model: MultiTaskModel, synchronize: Callable[[], None]) -> None:
+        self._parameters = list(model.parameters())
+        self._copies = [p.detach().clone() for p in self._parameters]
+        self._adam = torch.optim.Adam(self._copies, fused=True)
+        self._synchronize = synchronize
+
+    def measure(self, losses: Tensor) -> tuple[float, float]:
+        """Seconds of one backward of the summed `losses` and of one fused Adam step."""
+        clock = _Clock(self._synchronize)
+        gradients = torch.autograd.grad(losses.sum(), self._parameters)
+        backward = clock.lap()
+        for copy, gradient in zip(self._copies, gradients, strict=True):
+            copy.grad = gradient
+        clock.lap()
+        self._adam.step()
+        return backward, clock.lap()
+
+
+class _Clock:
+    """Seconds between laps, the device's queue emptied at each (nothing to empty on a CPU)."""
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self._synchronize = synchronize
+        self._last = 0.0
+        self.lap()
+
+    def lap(self) -> float:
+        self._synchronize()
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds
+
+
+def _timing(steps: Steps, plain: bool) -> Timing:
+    """Medians over the steps of one and of several backwards, joined by their numbers.
+
+    Args:
+        steps: the log; its first tenth, up to 10 steps, is warming up and left out.
+        plain: the run itself is equal weighting with torch's fused Adam.
+    """
+    warm = slice(min(10, len(steps.forward) // 10), None)
+    forward, backward, update = (
+        1e3 * t[warm] for t in (steps.forward, steps.backward, steps.update)
+    )
+    several = steps.backwards[warm] > 1
+
+    def typical(values: Floats) -> float:
+        kinds = [values[several], values[~several]]
+        return sum(float(np.median(kind)) * len(kind) for kind in kinds if len(kind)) / len(values)
+
+    step = typical(forward + backward + update)
+    if plain:
+        plain_backward, plain_update = typical(backward), typical(update)
+    else:
+        probed_backward, plain_update = (1e3 * np.median(steps.probes, axis=0)).tolist()
+        has_single = bool((~several).any())
+        plain_backward = float(np.median(backward[~several])) if has_single else probed_backward
+    extra = typical(backward + update) - plain_backward - plain_update
+    return Timing(
+        step=step,
+        forward=typical(forward),
+        backward=typical(backward),
+        update=typical(update),
+        plain_backward=plain_backward,
+        plain_update=plain_update,
+        balancing_share=0.0 if plain else extra / step,
+    )
+
+
+def train(
+    model: MultiTaskModel,
+    data: MultiTaskData,
+    make_balancer: MakeBalancer,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int = 0,
+    name: str = "",
+    on_step: Callable[[Tensor], None] | None = None,
+) -> TrainResult:
+    """Trains `model` on `data.train`, and scores it on the other parts after every epoch.
+
+    The same seed gives the same batches, whatever the balancer. On a CUDA device the queue is
+    emptied around the phases of every step, so that they can be told apart: slower than an
+    untimed loop.
+
+    Args:
+        model: on the data's device; trained in place.
+        data: the parts.
+        make_balancer: builds the optimizer over the model, e.g. `balancer("pub", lr=1e-3)`.
+        epochs: passes over the training part.
+        batch_size: rows a step; the last batch of an epoch may be smaller.
+        seed: of the batches' order.
+        name: of the balancer, for tables and plots.
+        on_step: called after every step with its losses (T,), detached.
+
+    Raises:
+        ValueError: epochs or batch_size below 1.
+    """
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"epochs and batch_size must be >= 1, got {epochs} and {batch_size}")
+    device = data.train.targets.device
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    optimizer = make_balancer(model)
+    summed = optimizer.optimizer if isinstance(optimizer, SummedLosses) else None
+    plain = isinstance(summed, torch.optim.Adam)
+    probe = None if plain else _PlainProbe(model, synchronize)
+    order = torch.Generator().manual_seed(seed)
+
+    losses_log: list[Tensor] = []
+    weights_log: list[Tensor] = []
+    laps: list[tuple[float, float, float]] = []
+    backwards: list[int] = []
+    probes: list[tuple[float, float]] = []
+    records: list[Epoch] = []
+    for _ in range(epochs):
+        first = len(laps)
+        model.train()
+        for index in torch.split(torch.randperm(len(data.train), generator=order), batch_size):
+            before = optimizer.stats["backwards"]
+            clock = _Clock(synchronize)
+            batch = data.train.rows(index.to(device))
+            losses = task_losses(model, data.tasks, batch)
+            forward = clock.lap()
+            optimizer.zero_grad()
+            optimizer.backward(losses)
+            backward = clock.lap()
+            optimizer.step()
+            laps.append((forward, backward, clock.lap()))
+
+            backwards.append(optimizer.stats["backwards"] - before)
+            losses_log.append(losses.detach())
+            weights = optimizer.weights
+            assert weights is not None
+            weights_log.append(weights.clone())
+            if on_step is not None:
+                on_step(losses.detach())
+            if probe is not None and len(laps) % PROBE_EVERY == 1:
+                probes.append(probe.measure(task_losses(model, data.tasks, batch)))
+        model.eval()
+        means = torch.stack(losses_log[first:]).double().mean(dim=0).tolist()
+        records.append(
+            Epoch(
+                train_losses=dict(zip((task.name for task in data.tasks), means, strict=True)),
+                validation=evaluate(model, data.tasks, data.validation),
+                test=evaluate(model, data.tasks, data.test),
+                seconds=sum(sum(lap) for lap in laps[first:]),
+            )
+        )
+
+    seconds = np.array(laps)
+    steps = Steps(
+        losses=torch.stack(losses_log).double().cpu().numpy(),
+        weights=torch.stack(weights_log).double().cpu().numpy(),
+        backwards=np.array(backwards),
+        forward=seconds[:, 0],
+        backward=seconds[:, 1],
+        update=seconds[:, 2],
+        probes=np.array(probes).reshape(-1, 2),
+    )
+    return TrainResult(
+        name, data.tasks, records, steps, _timing(steps, plain), dict(optimizer.stats)
+    )
+
+
+def as_json(result: TrainResult, max_points: int = 1000) -> dict[str, Any]:
+    """A run as plain lists and numbers; NaN becomes None, which JSON can say.
+
+    Args:
+        result: the run.
+        max_points: at most so many steps are kept, evenly spaced, the first one among them.
+    """
+    log = result.steps
+    n = len(log.forward)
+    stride = -(-n // max_points)
+    return {
+        "balancer": result.name,
+        "epochs": [
+            {
+                "train_losses": _plain(epoch.train_losses),
+                "validation": _plain(epoch.validation),
+                "test": _plain(epoch.test),
+                "seconds": epoch.seconds,
+            }
+            for epoch in result.epochs
+        ],
+        "timing_ms": {
+            key: value for key, value in vars(result.timing).items() if key != "balancing_share"
+        },
+        "balancing_share": result.timing.balancing_share,
+        "stats": result.stats,
+        "steps": {
+            "number": list(range(1, n + 1, stride)),
+            "losses": [_finite(row) for row in log.losses[::stride].tolist()],
+            "weights": [_finite(row) for row in log.weights[::stride].tolist()],
+            "backwards": log.backwards[::stride].tolist(),
+            "forward_ms": (1e3 * log.forward[::stride]).tolist(),
+            "backward_ms": (1e3 * log.backward[::stride]).tolist(),
+            "update_ms": (1e3 * log.update[::stride]).tolist(),
+        },
+    }
+
+
+def _finite(values: list[float]) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def _plain(scores: Mapping[str, float]) -> dict[str, float | None]:
+    return {key: value if math.isfinite(value) else None for key, value in scores.items()}
