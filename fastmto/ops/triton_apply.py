@@ -11,6 +11,9 @@ float32 that is 4 (T+6) P bytes. Loads and stores are 16 bytes wide when P and t
 multiples of 16 and the buffers are 16-byte aligned.
 """
 
+# Triton's language is not Python's: kernels carry no types mypy knows.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+
 from __future__ import annotations
 
 import triton
@@ -31,7 +34,7 @@ def move(params, s0, s1, s2, offsets, mask, joint, g, state, c, lr, keep, KIND, 
     theta = tl.load(params + offsets, mask=mask, other=0.0).to(DTYPE)
     theta = tl.full((), keep, DTYPE) * theta - tl.full((), lr, DTYPE) * joint
     tl.store(params + offsets, theta.to(params.dtype.element_ty), mask=mask)
-    _, new = advance(g, state, c, KIND)
+    _u, new = advance(g, state, c, KIND)
     store_state(s0, s1, s2, offsets, mask, new, KIND)
 
 
@@ -41,7 +44,7 @@ def add_task(grads, weights, i, offsets, P, stride, joint, g, state, c, KIND, DT
     a_i = tl.load(weights + i).to(DTYPE)
     end = tl.where(a_i != 0, P, 0)
     g_i = tl.load(grads + i * stride + offsets, mask=offsets < end, other=0.0).to(DTYPE)
-    u_i, _ = advance(g_i, state, c, KIND)
+    u_i, _new = advance(g_i, state, c, KIND)
     return joint + a_i * u_i, g + a_i * g_i
 
 

@@ -6,7 +6,6 @@ import contextlib
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -35,12 +34,12 @@ def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 for the interpreter's CPU, which runs programs one by one."""
     if device.type != "cuda":
         return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def programs_for(n_coordinates: int, tiling: Tiling) -> int:
     """Programs along P: one a block, up to the tiling's bound, at least one."""
-    return max(1, min(tiling.programs, triton.cdiv(n_coordinates, tiling.block)))
+    return max(1, min(tiling.programs, -(-n_coordinates // tiling.block)))
 
 
 _workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
@@ -67,7 +66,12 @@ def workspace(device: torch.device, n_sums: int, n_counters: int) -> tuple[Tenso
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, warps: int, *args: Any, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    warps: int,
+    *args: Any,
+    **constants: Any,
 ) -> None:
     """Run `kernel` on the current stream of `device`.
 

@@ -10,6 +10,10 @@ tuple of blocks in the order of `rule.state_names`, its coefficients as a tuple 
 Division and root are the GPU's fast float32 ones (2 ulp); in float64 they round correctly.
 """
 
+# Triton's language is not Python's: kernels carry no types for mypy, tuples grow by concatenation.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment"
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 import triton

@@ -21,6 +21,10 @@ that arrives last adds them up by their number, so which one that is does not sh
 The arrival counter is an integer and is set back by the same program.
 """
 
+# Triton's language is not Python's: kernels carry no types for mypy, tuples grow by concatenation.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment"
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 import triton
@@ -112,7 +116,7 @@ def search_pairs(
             a = a + (tl.load(weights + i).to(DTYPE),)
     for first in range(0, turns, FLUSH):
         pairs = ()
-        for _ in tl.static_range(T * (T + 1) // 2):
+        for _k in tl.static_range(T * (T + 1) // 2):
             pairs = pairs + (tl.zeros((BLOCK,), DTYPE),)
         for turn in range(first, min(first + FLUSH, turns)):
             block = turn * programs + program
@@ -124,7 +128,7 @@ def search_pairs(
             g = tl.zeros((BLOCK,), DTYPE)
             for i in tl.static_range(T):
                 g_i = tl.load(grads + i * stride + offsets, mask=mask, other=0.0).to(DTYPE)
-                u_i, _ = advance(g_i, state, c, KIND)
+                u_i, _new = advance(g_i, state, c, KIND)
                 us = us + (u_i,)
                 if APPLY:
                     joint += tl.where(a[i] != 0, a[i] * u_i, 0.0)
@@ -140,13 +144,13 @@ def search_pairs(
             total += tl.where(index == k, tl.sum(pairs[k], axis=0).to(tl.float64), 0.0)
     is_last, result = sum_up(partial, arrived, total, index, LENGTH, ROWS)
     if is_last:
-        i = tl.zeros((LENGTH,), tl.int32)
+        row = tl.zeros((LENGTH,), tl.int32)
         for k in tl.static_range(1, T):
-            i += (index >= k * (k + 1) // 2).to(tl.int32)
-        j = index - i * (i + 1) // 2
+            row += (index >= k * (k + 1) // 2).to(tl.int32)
+        column = index - row * (row + 1) // 2
         valid = index < T * (T + 1) // 2
-        tl.store(gram + i * T + j, result, mask=valid)
-        tl.store(gram + j * T + i, result, mask=valid)
+        tl.store(gram + row * T + column, result, mask=valid)
+        tl.store(gram + column * T + row, result, mask=valid)
 
 
 @triton.jit
@@ -192,17 +196,17 @@ def search_tiles(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """gram's tile (I, J), I >= J, is number I (I+1) / 2 + J of the grid's second axis."""
+    """gram's tile (i, j), i >= j, is number i (i+1) / 2 + j of the grid's second axis."""
     c = numbers(b1, d1, b2, d2, c1, c2, eps, mu, DTYPE)
     program = tl.program_id(0)
     programs = tl.num_programs(0).to(tl.int64)
     pair = tl.program_id(1)
-    I = pair * 0
+    tile_i = pair * 0
     for k in tl.static_range(1, (T + TILE - 1) // TILE):
-        I += (pair >= k * (k + 1) // 2).to(tl.int32)
-    J = pair - I * (I + 1) // 2
-    row_i = I * TILE + tl.arange(0, TILE)
-    row_j = J * TILE + tl.arange(0, TILE)
+        tile_i += (pair >= k * (k + 1) // 2).to(tl.int32)
+    tile_j = pair - tile_i * (tile_i + 1) // 2
+    row_i = tile_i * TILE + tl.arange(0, TILE)
+    row_j = tile_j * TILE + tl.arange(0, TILE)
     if APPLY:
         a = tl.load(weights + row_i, mask=row_i < T, other=0.0).to(DTYPE)[:, None]
     turns = tl.cdiv(tl.cdiv(P, BLOCK), programs).to(tl.int32)
@@ -215,20 +219,18 @@ def search_tiles(
             mask = offsets < P
             state = load_state(s0, s1, s2, offsets[None, :], mask[None, :], KIND)
             g_i = load_tile(grads, row_i, offsets, mask, stride, T, DTYPE)
-            u_i, _ = advance(g_i, state, c, KIND)
+            u_i, _new = advance(g_i, state, c, KIND)
             if T <= TILE:
                 u_j = u_i
             else:
                 g_j = load_tile(grads, row_j, offsets, mask, stride, T, DTYPE)
-                u_j, _ = advance(g_j, state, c, KIND)
+                u_j, _new = advance(g_j, state, c, KIND)
             tile = tl.dot(u_i, tl.trans(u_j), tile, input_precision="ieee", out_dtype=DTYPE)
             if APPLY:
                 joint = tl.sum(tl.where(a != 0, a * u_i, 0.0), axis=0, keep_dims=True)
                 g = tl.sum(tl.where(a != 0, a * g_i, 0.0), axis=0, keep_dims=True)
-                move(
-                    params, s0, s1, s2, offsets[None, :], mask[None, :],
-                    joint, g, state, c, lr, keep, KIND, DTYPE,
-                )  # fmt: skip
+                at, valid = offsets[None, :], mask[None, :]
+                move(params, s0, s1, s2, at, valid, joint, g, state, c, lr, keep, KIND, DTYPE)
         total += tile.to(tl.float64)
     index = tl.arange(0, LENGTH)
     is_last, result = sum_up(
@@ -240,12 +242,12 @@ def search_tiles(
         ROWS,
     )
     if is_last:
-        i = I * TILE + index // TILE
-        j = J * TILE + index % TILE
+        row = tile_i * TILE + index // TILE
+        column = tile_j * TILE + index % TILE
         # Only one of the two sums of a pair is used, so that gram is symmetric bit for bit.
-        valid = (i < T) & (j <= i)
-        tl.store(gram + i * T + j, result, mask=valid)
-        tl.store(gram + j * T + i, result, mask=valid)
+        lower = (row < T) & (column <= row)
+        tl.store(gram + row * T + column, result, mask=lower)
+        tl.store(gram + column * T + row, result, mask=lower)
 
 
 def tiling_of(grads: Tensor) -> tuple[Tiling, int]:
@@ -355,6 +357,4 @@ def delayed(
         search(rule, step, grads, state, gram, tiling=tiling)
         apply(rule, step, grads, state, params, weights, lr, weight_decay)
         return
-    _run(
-        rule, step, grads, state, gram, params, weights, lr, weight_decay, tiling or default, tile
-    )
+    _run(rule, step, grads, state, gram, params, weights, lr, weight_decay, tiling or default, tile)
