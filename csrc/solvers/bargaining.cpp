@@ -20,6 +20,13 @@ constexpr int kMaxNewton = 100;
 constexpr int kMaxLineSearch = 40;
 constexpr int kMaxInterior = 100;
 constexpr double kStepTolerance = 1e-9;
+// Interior point: relative gap and residuals at which the polish takes over.
+constexpr double kGap = 1e-9;
+constexpr double kFeasible = 1e-8;
+// Polish: a constraint is active if lam > kActive * z; its equation is softened by kSoftness / lam.
+constexpr double kActive = 1e-3;
+constexpr double kSoftness = 1e-8;
+constexpr int kMaxPolish = 8;
 
 FASTMTO_INLINE double max_of(double a, double b) { return a > b ? a : b; }
 FASTMTO_INLINE double min_of(double a, double b) { return a < b ? a : b; }
@@ -425,40 +432,88 @@ FASTMTO_INLINE void direction(int n, int ld, const Interior& f, const double* in
   }
 }
 
+// Residuals at f.y, f.lam: s = M y, N, rp_i = log(y_i s_i / p_i), rd = y .* c - (I + N)' lam.
+// Returns the largest |rd|.
+FASTMTO_INLINE double residuals(int n, int ld, const Exact& ex, const Interior& f) {
+  transposed_product(n, ld, f.m, f.y, f.s);
+  for (int i = 0; i < n; ++i) f.rp[i] = std::log(f.y[i] * f.s[i] / ex.p[i]);
+  scaled_jacobian(n, ld, f);
+  transposed_product(n, ld, f.n, f.lam, f.rd);
+  double dual = 0.0;
+  for (int i = 0; i < n; ++i) {
+    f.rd[i] = f.c[i] * f.y[i] - f.lam[i] - f.rd[i];
+    dual = max_of(dual, std::fabs(f.rd[i]));
+  }
+  return dual;
+}
+
+// Newton on the optimality conditions with the constraints that the interior point found active as
+// equations, each softened by a small multiple of its multiplier's change (which vanishes at the
+// solution and keeps the matrix definite). Leaves f.y as it is where that does not succeed.
+FASTMTO_INLINE void polish(int n, int ld, const Exact& ex, const Interior& f) {
+  for (int i = 0; i < n; ++i) {
+    f.slope[i] = f.y[i];
+    const bool active = f.lam[i] > f.z[i] * kActive;
+    if (!active) f.lam[i] = 0.0;
+    f.z[i] = kSoftness;
+  }
+  double move = DBL_MAX;
+  bool good = true;
+  for (int k = 0; k < kMaxPolish && good && !(move < 1e-13); ++k) {
+    residuals(n, ld, ex, f);
+    normal_matrix(n, ld, f);
+    good = factor<4>(n, ld, f.h, ex.d_inv);
+    if (!good) break;
+    for (int i = 0; i < n; ++i) f.dz[i] = 0.0;
+    direction(n, ld, f, ex.d_inv);
+    const double before = move;
+    move = 0.0;
+    for (int i = 0; i < n; ++i) move = max_of(move, std::fabs(f.u[i]));
+    if (move > 0.5 * before) break;  // rounding
+    good = move < 1e-2;
+    for (int i = 0; i < n; ++i) {
+      f.y[i] *= 1.0 + f.u[i];
+      f.lam[i] += f.dlam[i];
+    }
+  }
+  good &= move < 1e-9;
+  if (good) {
+    residuals(n, ld, ex, f);
+    for (int i = 0; i < n; ++i) good &= f.lam[i] >= 0.0 && f.rp[i] >= -1e-12;
+  }
+  if (!good) {
+    for (int i = 0; i < n; ++i) f.y[i] = f.slope[i];
+  }
+}
+
 // argmin c'y s.t. y_i (M y)_i >= p_i, y > 0, M 1 = p, by a primal-dual interior point with slack
 // z = log y + log(M y) - log p and multipliers lam. f.y holds the answer.
 FASTMTO_INLINE Status interior_point(int n, int ld, const Exact& ex, const Interior& f,
                                      std::int32_t* iterations) {
-  for (int j = 0; j < n; ++j) f.y[j] = 1.5;
+  const double start = 0.5 * total(ld, f.c) * 1.5 / n;  // sum lam = c'y / 2 at the solution
+  for (int j = 0; j < n; ++j) {
+    f.y[j] = 1.5;
+    f.z[j] = 2.0 * std::log(1.5);
+    f.lam[j] = start;
+  }
   for (int j = n; j < ld; ++j) f.y[j] = f.lam[j] = f.z[j] = f.rd[j] = f.rp[j] = 0.0;
-  double last_move = DBL_MAX;
+  // y > 0 and M y > 0 throughout, so that a large enough multiple of y is always feasible.
   for (int k = 0; k <= kMaxInterior; ++k) {
     *iterations = k;
-    transposed_product(n, ld, f.m, f.y, f.s);
     const double value = dot(ld, f.c, f.y);
-    // y > 0 and M y > 0: any multiple of y large enough is feasible.
     if (!(value > 0.0)) return Status::kUnbounded;
     if (!(value <= DBL_MAX)) return Status::kMaxIterations;
-    for (int i = 0; i < n; ++i) f.rp[i] = std::log(f.y[i] * f.s[i] / ex.p[i]);
-    if (k == 0) {
-      for (int i = 0; i < n; ++i) {
-        f.z[i] = f.rp[i];
-        f.lam[i] = 0.5 * value / n;  // sum lam = value / 2 at the solution
-      }
-    }
-    scaled_jacobian(n, ld, f);
-    transposed_product(n, ld, f.n, f.lam, f.rd);
-    double dual = 0.0, primal = 0.0, gap = 0.0;
+    const double dual = residuals(n, ld, ex, f);
+    double primal = 0.0, gap = 0.0;
     for (int i = 0; i < n; ++i) {
       f.rp[i] -= f.z[i];
-      f.rd[i] = f.c[i] * f.y[i] - f.lam[i] - f.rd[i];
-      dual = max_of(dual, std::fabs(f.rd[i]));
       primal = max_of(primal, std::fabs(f.rp[i]));
       gap += f.lam[i] * f.z[i];
     }
-    if (last_move < 1e-5 && dual <= 1e-11 * value && primal <= 1e-11 && gap <= 1e-12 * value)
+    if (dual <= kFeasible * value && primal <= kFeasible && gap <= kGap * value) {
+      polish(n, ld, ex, f);
       return Status::kSolved;
-
+    }
     normal_matrix(n, ld, f);
     if (!factor<4>(n, ld, f.h, ex.d_inv)) return Status::kMaxIterations;
     // Predictor: straight to complementarity 0.
@@ -470,26 +525,24 @@ FASTMTO_INLINE Status interior_point(int n, int ld, const Exact& ex, const Inter
     for (int i = 0; i < n; ++i)
       reached += (f.z[i] + tp * f.dz[i]) * (f.lam[i] + td * f.dlam[i]);
     const double ratio = reached / gap;
-    const double mu = ratio * ratio * ratio * gap / n;
+    // Not below what the residuals are worth: complementarity that runs ahead of them only makes
+    // the matrix singular.
+    const double floor = max_of(0.1 * kGap * value, 0.01 * max_of(dual, primal * value));
+    const double mu = max_of(ratio * ratio * ratio * gap, floor) / n;
     // Corrector.
-    for (int i = 0; i < n; ++i)
-      f.dz[i] = f.lam[i] + (f.dlam[i] * f.dz[i] - mu) / f.z[i];
+    for (int i = 0; i < n; ++i) f.dz[i] = f.lam[i] + (f.dlam[i] * f.dz[i] - mu) / f.z[i];
     direction(n, ld, f, ex.d_inv);
-    double t = step_to_boundary(n, f.z, f.dz);
-    t = min_of(t, step_to_boundary(n, f.lam, f.dlam));
+    double t = min_of(step_to_boundary(n, f.z, f.dz), step_to_boundary(n, f.lam, f.dlam));
     for (int i = 0; i < n; ++i) {
       if (f.u[i] < 0.0) t = min_of(t, -1.0 / f.u[i]);
       if (f.e[i] < 0.0) t = min_of(t, -1.0 / f.e[i]);  // M y > 0
     }
     t = min_of(1.0, 0.99 * t);
-    last_move = 0.0;
     for (int i = 0; i < n; ++i) {
-      last_move = max_of(last_move, std::fabs(f.u[i]));
       f.y[i] *= 1.0 + t * f.u[i];
       f.z[i] += t * f.dz[i];
       f.lam[i] += t * f.dlam[i];
     }
-    if (t < 1.0) last_move = max_of(last_move, 1.0 - t);
   }
   return Status::kMaxIterations;
 }
