@@ -18,12 +18,14 @@ constexpr double kCosineSlack = 1e-3;
 constexpr double kAsymmetry = 1e-5;
 constexpr int kMaxNewton = 100;
 constexpr int kMaxLineSearch = 40;
-constexpr int kMaxInterior = 100;
+constexpr int kMaxInterior = 30;
+constexpr int kMaxBarrier = 500;
 constexpr double kStepTolerance = 1e-9;
 // Interior point: relative gap and residuals at which the polish takes over.
 constexpr double kGap = 1e-9;
 constexpr double kFeasible = 1e-8;
-// Polish: a constraint is active if lam > kActive * z; its equation is softened by kSoftness / lam.
+// Polish: a constraint is active if lam > kActive * z * (objective); its equation is softened by
+// kSoftness / lam.
 constexpr double kActive = 1e-3;
 constexpr double kSoftness = 1e-8;
 constexpr int kMaxPolish = 8;
@@ -451,9 +453,10 @@ FASTMTO_INLINE double residuals(int n, int ld, const Exact& ex, const Interior& 
 // equations, each softened by a small multiple of its multiplier's change (which vanishes at the
 // solution and keeps the matrix definite). Leaves f.y as it is where that does not succeed.
 FASTMTO_INLINE void polish(int n, int ld, const Exact& ex, const Interior& f) {
+  const double value = dot(ld, f.c, f.y);
   for (int i = 0; i < n; ++i) {
     f.slope[i] = f.y[i];
-    const bool active = f.lam[i] > f.z[i] * kActive;
+    const bool active = f.lam[i] > f.z[i] * kActive * value;
     if (!active) f.lam[i] = 0.0;
     f.z[i] = kSoftness;
   }
@@ -486,9 +489,51 @@ FASTMTO_INLINE void polish(int n, int ld, const Exact& ex, const Interior& f) {
   }
 }
 
+// argmin c'y s.t. y_i s_i >= p_i, s = M y, by following the central path of
+//   tau c'y - sum_i log(y_i s_i - p_i),
+// which is self-concordant: damped Newton steps converge from anywhere. Slower than primal_dual()
+// and without its (rare) failures. f.y, f.lam, f.z as there.
+FASTMTO_INLINE Status barrier(int n, int ld, const Exact& ex, const Interior& f,
+                              std::int32_t* iterations) {
+  for (int j = 0; j < n; ++j) f.y[j] = 1.5;
+  for (int j = n; j < ld; ++j) f.y[j] = f.lam[j] = f.z[j] = f.rd[j] = 0.0;
+  double tau = 0.0;
+  for (int k = 0; k < kMaxBarrier; ++k) {
+    ++*iterations;
+    const double value = dot(ld, f.c, f.y);
+    if (!(value > 0.0)) return Status::kUnbounded;
+    if (!(value <= DBL_MAX)) return Status::kMaxIterations;
+    if (k == 0) tau = 2.0 * n / value;
+    transposed_product(n, ld, f.m, f.y, f.s);
+    for (int i = 0; i < n; ++i) {
+      const double excess = f.y[i] * f.s[i] / ex.p[i] - 1.0;
+      if (!(excess > 0.0 && f.y[i] > 0.0)) return Status::kMaxIterations;  // rounding only
+      // In these terms the barrier's Hessian is tau times the normal matrix, its gradient tau rd.
+      f.z[i] = excess;
+      f.lam[i] = (1.0 + 1.0 / excess) / tau;
+    }
+    residuals(n, ld, ex, f);
+    normal_matrix(n, ld, f);
+    if (!factor<4>(n, ld, f.h, ex.d_inv)) return Status::kMaxIterations;
+    for (int j = 0; j < ld; j += kLanes) pack(f.u + j) = -pack(f.rd + j);
+    solve(n, ld, f.h, ex.d_inv, f.u);
+    const double decrement = std::sqrt(max_of(-tau * dot(ld, f.rd, f.u), 0.0));
+    const double t = decrement < 0.25 ? 1.0 : 1.0 / (1.0 + decrement);
+    for (int i = 0; i < n; ++i) f.y[i] *= 1.0 + t * f.u[i];
+    if (decrement < 0.25) {
+      if (2.0 * n <= kGap * tau * value) {
+        for (int i = 0; i < n; ++i) f.z[i] = std::log1p(f.z[i]);
+        return Status::kSolved;
+      }
+      tau *= 10.0;
+    }
+  }
+  return Status::kMaxIterations;
+}
+
 // argmin c'y s.t. y_i (M y)_i >= p_i, y > 0, M 1 = p, by a primal-dual interior point with slack
 // z = log y + log(M y) - log p and multipliers lam. f.y holds the answer.
-FASTMTO_INLINE Status interior_point(int n, int ld, const Exact& ex, const Interior& f,
+FASTMTO_INLINE Status primal_dual(int n, int ld, const Exact& ex, const Interior& f,
                                      std::int32_t* iterations) {
   const double start = 0.5 * total(ld, f.c) * 1.5 / n;  // sum lam = c'y / 2 at the solution
   for (int j = 0; j < n; ++j) {
@@ -510,10 +555,8 @@ FASTMTO_INLINE Status interior_point(int n, int ld, const Exact& ex, const Inter
       primal = max_of(primal, std::fabs(f.rp[i]));
       gap += f.lam[i] * f.z[i];
     }
-    if (dual <= kFeasible * value && primal <= kFeasible && gap <= kGap * value) {
-      polish(n, ld, ex, f);
+    if (dual <= kFeasible * value && primal <= kFeasible && gap <= kGap * value)
       return Status::kSolved;
-    }
     normal_matrix(n, ld, f);
     if (!factor<4>(n, ld, f.h, ex.d_inv)) return Status::kMaxIterations;
     // Predictor: straight to complementarity 0.
@@ -576,7 +619,10 @@ FASTMTO_INLINE Status outer_step(int n, int ld, double p_scale, const Exact& ex,
     for (int i = n; i < ld; ++i) f.y[i] = 0.0;
     return Status::kSolved;
   }
-  return interior_point(n, ld, ex, f, iterations);
+  Status status = primal_dual(n, ld, ex, f, iterations);
+  if (status == Status::kMaxIterations) status = barrier(n, ld, ex, f, iterations);
+  if (status == Status::kSolved) polish(n, ld, ex, f);
+  return status;
 }
 
 // The exact solution, M there and the factor for the vertex test; v = 1/a*.
