@@ -36,6 +36,13 @@ def as_vector(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
+def laid_like(tensor: Tensor, model: Tensor) -> Tensor:
+    """`tensor`, copied if its elements do not lie in memory as those of the dense `model` do."""
+    if tensor.stride() == model.stride():
+        return tensor
+    return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
+
+
 def _aligned_zeros(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """n zeros that start on a cache line."""
     spare = ALIGNMENT // dtype.itemsize

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from . import ops
 from .errors import NonFiniteError, SolverError
-from .flat import FlatParameters
+from .flat import FlatParameters, as_vector
 from .groups import Parameters, TaskParameters, check_lr, param_groups
 from .plain import GroupRules, PlainSteps, state_dtype
 from .rules import Clippy, Rule, as_rule
@@ -343,7 +343,7 @@ class UpdateBalancer(torch.optim.Optimizer):
 
     def _finite(self, rows: int, looked: bool) -> bool:
         """Whether every gradient of this step is finite; a Gram's diagonal tells of its rows."""
-        heads = [p.grad for _, p in self._heads if p.grad is not None]
+        heads = [as_vector(p.grad) for _, p in self._heads if p.grad is not None]
         if not all(self._ops.all_finite(grad) for grad in heads):
             return False
         if looked:

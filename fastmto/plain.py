@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 
 from . import ops
-from .flat import as_vector
+from .flat import as_vector, laid_like
 from .rules import Clippy, Rule
 
 
@@ -55,11 +55,8 @@ class PlainSteps:
             state["step"] = 0
             for name in rule.state_names:
                 state[name] = torch.full_like(p, rule.initial(name), dtype=dtype)
-        grad = p.grad
-        if grad.stride() != p.stride():
-            grad = torch.empty_like(p).copy_(grad)
         state["step"] += 1
-        arguments = rule, state["step"], as_vector(grad)[None]
+        arguments = rule, state["step"], as_vector(laid_like(p.grad, p))[None]
         moments = tuple(as_vector(state[name]) for name in rule.state_names)
         vector, lr = as_vector(p), float(group["lr"])
         segments = sigma = None

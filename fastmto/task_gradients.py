@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .flat import FlatLayout
+from .flat import FlatLayout, laid_like
 
 Losses = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
 
@@ -234,7 +234,7 @@ class TaskGradients:
     def _accumulate(self, h: int, grad: Tensor | None) -> None:
         p = self._heads[h]
         if grad is not None:
-            p.grad = grad if p.grad is None else p.grad + grad
+            p.grad = laid_like(grad, p) if p.grad is None else p.grad + grad
 
     def _settle_owners(self, fresh: Sequence[tuple[int, HeadGrads]]) -> None:
         """Find or check the owner of every head that tasks seen for the first time reach."""

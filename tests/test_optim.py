@@ -513,6 +513,23 @@ def test_a_task_off_the_shared_parameters_trains_its_head_only() -> None:
     assert not torch.equal(before, model.heads[1].weight)
 
 
+def test_head_gradients_of_any_layout_are_taken() -> None:
+    """sum() gives an expanded gradient, a transposed use a transposed one."""
+    trunk, head = nn.Parameter(torch.ones(3)), nn.Parameter(torch.arange(6.0).view(2, 3))
+    bias = nn.Parameter(torch.zeros(4))
+    twins = [nn.Parameter(p.detach().clone()) for p in (head, bias)]
+    optimizer = fastmto.PUB([trunk], [[head, bias]], 0.1)
+    torchs = torch.optim.Adam(twins, 0.1)
+    for _ in range(3):
+        for (h, b), step in (((head, bias), optimizer), (twins, torchs)):
+            step.zero_grad()
+            loss = (h.T @ torch.tensor([1.0, 2.0])).pow(2).sum() + b.sum() + trunk.sum()
+            optimizer.backward([loss]) if step is optimizer else loss.backward()
+            step.step()
+    torch.testing.assert_close(head, twins[0])
+    torch.testing.assert_close(bias, twins[1])
+
+
 def test_no_loss_on_the_shared_parameters_is_an_error() -> None:
     model = net()
     optimizer = fastmto.PUB(model.trunk.parameters(), model.head_parameters())
