@@ -9,13 +9,14 @@ one step of torch's fused Adam. Balancing is everything else of a step, measured
 
     balancing = (backward + optimizer step) - (one plain backward + one plain Adam step)
 
-The plain backward is that of the run's own steps with a single backward pass, if it has any. The
-plain Adam step (and the plain backward of a run without single-backward steps) comes from probes:
-every `PROBE_EVERY` steps a plain step is made beside the run on copies of the parameters, and is
-counted in no other time. All figures are medians, taken apart for steps with one and with several
-backward passes and put together by their numbers, because a single stall of the machine would
-outweigh hundreds of searches. The share may come out slightly below 0, by noise or where the
-optimizer's step is quicker than torch's.
+The plain figures come from probes: every `PROBE_EVERY` steps two plain steps are made beside the
+run, on copies of the parameters, and the second one is timed (the first brings caches to the state
+of a plain run); their time is counted nowhere else. All figures are lower quartiles: what a phase takes when
+nothing else disturbs it, because on a busy machine a few stalls outweigh hundreds of searches and
+even the median is one. They are taken apart for steps with one and with several backward passes
+and put together by their numbers; a step is the sum of its phases. The share may come out slightly
+below 0, by noise or where the optimizer's step is quicker than torch's. `Epoch.seconds` has the
+plain sum of all steps, stalls and all.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from .models.base import MultiTaskModel
 from .pub import PUB
 
 #: Steps between two probes of what a plain step costs.
-PROBE_EVERY = 25
+PROBE_EVERY = 20
 #: Rows scored at once.
 _EVALUATION_ROWS = 8192
 
@@ -253,16 +254,25 @@ def evaluate(model: MultiTaskModel, tasks: tuple[Task, ...], split: Split) -> di
 
 
 class _PlainProbe:
-    """A plain step beside the run, that touches neither the model nor its optimizer."""
+    """Plain steps beside the run, that touch neither the model nor its optimizer."""
 
-    def __init__(self, model: MultiTaskModel, synchronize: Callable[[], None]) -> None:
+    def __init__(
+        self, model: MultiTaskModel, tasks: tuple[Task, ...], synchronize: Callable[[], None]
+    ) -> None:
+        self._model = model
+        self._tasks = tasks
+        self._synchronize = synchronize
         self._parameters = list(model.parameters())
         self._copies = [p.detach().clone() for p in self._parameters]
         self._adam = torch.optim.Adam(self._copies, fused=True)
-        self._synchronize = synchronize
 
-    def measure(self, losses: Tensor) -> tuple[float, float]:
-        """Seconds of one backward of the summed `losses` and of one fused Adam step."""
+    def measure(self, batch: Split) -> tuple[float, float]:
+        """Seconds of one backward of the summed losses and of one fused Adam step."""
+        self._plain_step(batch)
+        return self._plain_step(batch)
+
+    def _plain_step(self, batch: Split) -> tuple[float, float]:
+        losses = task_losses(self._model, self._tasks, batch)
         clock = _Clock(self._synchronize)
         gradients = torch.autograd.grad(losses.sum(), self._parameters)
         backward = clock.lap()
@@ -303,24 +313,21 @@ def _timing(steps: Steps, plain: bool) -> Timing:
 
     def typical(values: Floats) -> float:
         kinds = [values[several], values[~several]]
-        return sum(float(np.median(kind)) * len(kind) for kind in kinds if len(kind)) / len(values)
+        return sum(float(np.quantile(kind, 0.25)) * len(kind) for kind in kinds if len(kind)) / len(values)
 
-    step = typical(forward + backward + update)
+    phases = typical(forward), typical(backward), typical(update)
     if plain:
-        plain_backward, plain_update = typical(backward), typical(update)
+        plain_backward, plain_update = phases[1:]
     else:
-        probed_backward, plain_update = (1e3 * np.median(steps.probes, axis=0)).tolist()
-        has_single = bool((~several).any())
-        plain_backward = float(np.median(backward[~several])) if has_single else probed_backward
-    extra = typical(backward + update) - plain_backward - plain_update
+        plain_backward, plain_update = (1e3 * np.quantile(steps.probes, 0.25, axis=0)).tolist()
     return Timing(
-        step=step,
-        forward=typical(forward),
-        backward=typical(backward),
-        update=typical(update),
+        step=sum(phases),
+        forward=phases[0],
+        backward=phases[1],
+        update=phases[2],
         plain_backward=plain_backward,
         plain_update=plain_update,
-        balancing_share=0.0 if plain else extra / step,
+        balancing_share=(phases[1] + phases[2] - plain_backward - plain_update) / sum(phases),
     )
 
 
@@ -361,7 +368,7 @@ def train(
     optimizer = make_balancer(model)
     summed = optimizer.optimizer if isinstance(optimizer, SummedLosses) else None
     plain = isinstance(summed, torch.optim.Adam)
-    probe = None if plain else _PlainProbe(model, synchronize)
+    probe = None if plain else _PlainProbe(model, data.tasks, synchronize)
     order = torch.Generator().manual_seed(seed)
 
     losses_log: list[Tensor] = []
@@ -393,7 +400,7 @@ def train(
             if on_step is not None:
                 on_step(losses.detach())
             if probe is not None and len(laps) % PROBE_EVERY == 1:
-                probes.append(probe.measure(task_losses(model, data.tasks, batch)))
+                probes.append(probe.measure(batch))
         model.eval()
         means = torch.stack(losses_log[first:]).double().mean(dim=0).tolist()
         records.append(

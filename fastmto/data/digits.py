@@ -3,12 +3,14 @@
 Source of the problem: MultiMNIST as a two-task benchmark (Sener and Koltun, "Multi-Task Learning
 as Multi-Objective Optimization", NeurIPS 2018), after Sabour et al. 2017. Deviations: the images
 are the 1,797 real 8x8 digits that ship with scikit-learn (UCI Optical Recognition of Handwritten
-Digits), so nothing is downloaded; and the pairs overlap by a third of a digit.
+Digits), so nothing is downloaded; and a digit covers 5x5 of the other's 8x8 pixels.
 
-Why it is a fair small test of a balancer: both tasks read the same pixels through one trunk, each
-one's digit is the other's noise, and in the overlap a pixel is evidence for both, so what helps
-one task's features costs the other's. Neither task is made up from the other's label, both are
-real handwriting, and both are learnable, so that a method that drops a task shows.
+Why it is a meaningful small problem for a balancer: both tasks read the same pixels through one
+trunk, each one's digit is the other's noise, and nothing about one label can be learned from the
+other. Measured over six epochs of equal weighting, the two gradients of the shared parameters have
+a mean cosine of 0.00 and point against each other on half of the steps. Both are real handwriting
+and both are learnable, so that a method that drops a task shows. What it is not is hard to
+balance: the tasks are equally difficult, and good methods end within each other's seed noise.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from .base import MultiTaskData, Split, Task
 
 #: The lower right digit starts this many pixels below and to the right of the upper left one.
-SHIFT = 4
+SHIFT = 3
 SIDE = 8 + SHIFT
 
 
@@ -45,7 +47,7 @@ def _pairs(
 
 
 def load_digits(
-    seed: int = 0, n_train: int = 20_000, n_validation: int = 2_000, n_test: int = 4_000
+    seed: int = 0, n_train: int = 20_480, n_validation: int = 2_000, n_test: int = 4_000
 ) -> MultiTaskData:
     """Overlaid pairs of handwritten digits; tasks "upper left" and "lower right", ten classes each.
 
