@@ -96,6 +96,20 @@ void excess(const void* u, int tasks, const void* params, std::int64_t begin, in
   });
 }
 
+// into[l] += lane l, and lane l + 8 with 16 of them; in double, in this order.
+FASTMTO_INLINE void add_widened(Pack<float> x, double* into) {
+  typedef float Eight __attribute__((vector_size(32)));
+  typedef double Wide __attribute__((vector_size(64)));
+  Eight half[2];
+  std::memcpy(&half[0], &x, sizeof half[0]);
+  std::memcpy(&half[1], reinterpret_cast<const char*>(&x) + sizeof half[0], sizeof half[1]);
+  Wide sum;
+  std::memcpy(&sum, into, sizeof sum);
+  sum += __builtin_convertvector(half[0], Wide) + __builtin_convertvector(half[1], Wide);
+  std::memcpy(into, &sum, sizeof sum);
+}
+FASTMTO_INLINE void add_widened(Pack<double> x, double* into) { store(into, load(into) + x); }
+
 // Pairs of rows a.. (A of them) and b.. (B of them); on the diagonal a == b and only i <= j count.
 template <class S, int A, int B, bool diagonal>
 FASTMTO_INLINE void gram_tile(const S* u, int tasks, int a, int b, int n, double* lanes) {
@@ -103,40 +117,36 @@ FASTMTO_INLINE void gram_tile(const S* u, int tasks, int a, int b, int n, double
   // Two sets of sums where one would leave the adders waiting for each other.
   constexpr int sets = A * B <= 4 ? 2 : 1;
   V sum[sets][A][B];
-  for (auto& set : sum) {
-    for (auto& line : set) {
-      for (auto& entry : line) entry = broadcast(S(0));
-    }
-  }
+#pragma GCC unroll 16
+  for (int i = 0; i < sets * A * B; ++i) (&sum[0][0][0])[i] = broadcast(S(0));
   const int padded = (n + sets * V::lanes - 1) / (sets * V::lanes) * (sets * V::lanes);
   for (int j = 0; j < padded; j += sets * V::lanes) {
+#pragma GCC unroll 2
     for (int set = 0; set < sets; ++set) {
+      const S* at = u + j + set * V::lanes;
       V left[A], right[B];
-      for (int i = 0; i < A; ++i) left[i] = load(u + (a + i) * kBlock + j + set * V::lanes);
-      for (int i = 0; i < B; ++i) {
-        right[i] = diagonal ? left[i < A ? i : 0] : load(u + (b + i) * kBlock + j + set * V::lanes);
-      }
-      for (int i = 0; i < A; ++i) {
-        for (int k = diagonal ? i : 0; k < B; ++k) {
-          sum[set][i][k] = mul_add(left[i], right[k], sum[set][i][k]);
-        }
+#pragma GCC unroll 4
+      for (int i = 0; i < A; ++i) left[i] = load(at + (a + i) * kBlock);
+#pragma GCC unroll 4
+      for (int i = 0; i < B; ++i) right[i] = load(at + (b + i) * kBlock);
+#pragma GCC unroll 16
+      for (int pair = 0; pair < A * B; ++pair) {
+        const int i = pair / B, k = pair % B;
+        if (diagonal && k < i) continue;
+        sum[set][i][k] = mul_add(left[i], right[k], sum[set][i][k]);
       }
     }
   }
+#pragma GCC unroll 4
   for (int i = 0; i < A; ++i) {
     const int line = a + i;
     double* first = lanes + 8 * (line * tasks - line * (line - 1) / 2 - line);
-    for (int k = diagonal ? i : 0; k < B; ++k) {
+#pragma GCC unroll 4
+    for (int k = 0; k < B; ++k) {
+      if (diagonal && k < i) continue;
       V total = sum[0][i][k];
       if constexpr (sets == 2) total = total + sum[1][i][k];
-      S values[V::lanes];
-      store(values, total);
-      double* into = first + 8 * (b + k);
-      for (int lane = 0; lane < 8; ++lane) {
-        double x = values[lane];
-        if constexpr (V::lanes == 16) x += values[lane + 8];
-        into[lane] += x;
-      }
+      add_widened(total, first + 8 * (b + k));
     }
   }
 }

@@ -2,7 +2,8 @@
 // the coefficients are). Part of loops.h.
 //
 // A rule holds broadcast constants. update(s, g): u of gradient g with the moments s held fixed.
-// advance(s, g): one step of s on g. States in the order of the rule's state_names.
+// advance(s, g): one step of s on g. States in the order of the rule's state_names. Where a quotient
+// by a root is formed, numerator and eps are held doubled (over_root).
 
 template <class S>
 struct AdamRule {
@@ -10,19 +11,19 @@ struct AdamRule {
   using V = Pack<S>;
   V b1, b1c, b2, b2c, old_m, new_m, eps;
 
-  // c1 m / (c2 sqrt(v) + eps) = (c1/c2) m / (sqrt(v) + eps/c2): both scales leave the loop.
+  // c1 m / (c2 sqrt(v) + eps) = (c1/c2) m / (sqrt(v) + eps/c2): all scales leave the loop.
   explicit AdamRule(const Coefficients& c)
       : b1(broadcast(S(c.b1))),
         b1c(broadcast(S(1 - c.b1))),
         b2(broadcast(S(c.b2))),
         b2c(broadcast(S(1 - c.b2))),
-        old_m(broadcast(S(c.c1 / c.c2 * c.b1))),
-        new_m(broadcast(S(c.c1 / c.c2 * (1 - c.b1)))),
-        eps(broadcast(S(c.eps / c.c2))) {}
+        old_m(broadcast(S(2 * c.c1 / c.c2 * c.b1))),
+        new_m(broadcast(S(2 * c.c1 / c.c2 * (1 - c.b1)))),
+        eps(broadcast(S(2 * c.eps / c.c2))) {}
 
   FASTMTO_INLINE V update(const V* s, V g) const {
     const V m = mul_add(new_m, g, old_m * s[0]);
-    const V v = mul_add(b2c * g, g, b2 * s[1]);
+    const V v = mul_add(b2c * g, g, kept_from_zero(b2 * s[1]));
     return over_root(m, v, eps);
   }
 
@@ -38,9 +39,11 @@ struct AdaGradRule {
   using V = Pack<S>;
   V eps;
 
-  explicit AdaGradRule(const Coefficients& c) : eps(broadcast(S(c.eps))) {}
+  explicit AdaGradRule(const Coefficients& c) : eps(broadcast(S(2 * c.eps))) {}
 
-  FASTMTO_INLINE V update(const V* s, V g) const { return over_root(g, mul_add(g, g, s[0]), eps); }
+  FASTMTO_INLINE V update(const V* s, V g) const { 
+    return over_root(g + g, mul_add(g, g, kept_from_zero(s[0])), eps);
+  }
 
   FASTMTO_INLINE void advance(V* s, V g) const { s[0] = mul_add(g, g, s[0]); }
 };
@@ -54,16 +57,16 @@ struct RMSPropRule {
   explicit RMSPropRule(const Coefficients& c)
       : b2(broadcast(S(c.b2))),
         b2c(broadcast(S(1 - c.b2))),
-        eps(broadcast(S(c.eps))),
+        eps(broadcast(S(2 * c.eps))),
         mu(broadcast(S(c.mu))) {}
 
   FASTMTO_INLINE V update(const V* s, V g) const {
-    V v = mul_add(b2c * g, g, b2 * s[0]);
+    V v = mul_add(b2c * g, g, kept_from_zero(b2 * s[0]));
     if constexpr (centered) {
       const V q = mul_add(b2c, g, b2 * s[states - 1]);
-      v = max(broadcast(S(0)), v - q * q);
+      v = max(kept_from_zero(broadcast(S(0))), v - q * q);
     }
-    const V u = over_root(g, v, eps);
+    const V u = over_root(g + g, v, eps);
     if constexpr (momentum) return mul_add(mu, s[1], u);
     return u;
   }
