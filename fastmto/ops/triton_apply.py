@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rules import Rule
-from .triton_launch import Tiling, launch, working_type
+from .triton_launch import Tiling, launch, programs_for, working_type
 from .triton_rules import advance, coefficients, load_state, numbers, store_state
 
 #: Up to this many tasks the loop over them is unrolled whole.
@@ -93,9 +93,9 @@ def apply_kernel(
     move(params, s0, s1, s2, offsets, mask, joint, g, state, c, lr, keep, KIND, DTYPE)
 
 
-def tiling_of(grads: Tensor) -> Tiling:
+def tiling_for(double: bool) -> Tiling:
     """Eight coordinates a thread (four in float64): two 16-byte accesses a float32 array."""
-    return Tiling(512 if grads.element_size() == 8 else 1024, 1, 0, 4)
+    return Tiling(block=512 if double else 1024)
 
 
 def apply(
@@ -115,12 +115,13 @@ def apply(
     Arguments are taken as checked. `params` and `state` are written.
     """
     n_tasks, size = grads.shape
-    tiling = tiling or tiling_of(grads)
+    if tiling is None:
+        tiling = tiling_for(grads.element_size() == 8)
     launch(
         apply_kernel,
-        (triton.cdiv(size, tiling.block),),
+        (programs_for(size, tiling),),
         grads.device,
-        tiling.warps,
+        tiling,
         grads,
         *state,
         *(None,) * (3 - len(state)),

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_apply import MAX_UNROLLED_T, tiling_of
-from .triton_launch import Tiling, launch, working_type
+from .triton_apply import MAX_UNROLLED_T, tiling_for
+from .triton_launch import Tiling, launch, programs_for, working_type
 
 
 @triton.jit
@@ -57,12 +57,13 @@ def combine(grads: Tensor, weights: Tensor, out: Tensor, *, tiling: Tiling | Non
     """The contract's `combine` (ops/__init__.py). Arguments are taken as checked; `out` is
     written."""
     n_tasks, size = grads.shape
-    tiling = tiling or tiling_of(grads)
+    if tiling is None:
+        tiling = tiling_for(grads.element_size() == 8)
     launch(
         combine_kernel,
-        (triton.cdiv(size, tiling.block),),
+        (programs_for(size, tiling),),
         grads.device,
-        tiling.warps,
+        tiling,
         grads,
         weights,
         out,

@@ -13,16 +13,20 @@ from torch import Tensor
 class Tiling(NamedTuple):
     """How a pass is cut up; the defaults are the launchers', others are for tests and tuning.
 
-    block     coordinates a program takes at a time, a power of 2
-    flush     blocks summed in the working precision before they join a float64 sum
-    programs  most programs along P
-    warps     warps a program
+    block      coordinates a program takes at a time, a power of 2
+    warps      warps a program
+    programs   most programs along P; None: one a block
+    registers  most registers a thread, so that as many programs as planned share a multiprocessor
+    flush      blocks summed in the working precision before they join a float64 sum
+    tile       rows of a Gram tile; None: pairs
     """
 
     block: int
-    flush: int
-    programs: int
-    warps: int
+    warps: int = 4
+    programs: int | None = None
+    registers: int | None = None
+    flush: int = 1
+    tile: int | None = None
 
 
 def working_type(grads: Tensor) -> Any:
@@ -39,7 +43,8 @@ def processors(device: torch.device) -> int:
 
 def programs_for(n_coordinates: int, tiling: Tiling) -> int:
     """Programs along P: one a block, up to the tiling's bound, at least one."""
-    return max(1, min(tiling.programs, -(-n_coordinates // tiling.block)))
+    blocks = max(1, -(-n_coordinates // tiling.block))
+    return blocks if tiling.programs is None else min(blocks, tiling.programs)
 
 
 _workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
@@ -69,15 +74,17 @@ def launch(
     kernel: Any,
     grid: tuple[int, ...],
     device: torch.device,
-    warps: int,
+    tiling: Tiling,
     *args: Any,
     **constants: Any,
 ) -> None:
-    """Run `kernel` on the current stream of `device`.
-
-    Contraction to fused multiply-adds is asked for by name, as Triton's default changes with its
-    versions.
-    """
+    """Run `kernel` on the current stream of `device`."""
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True)
+        kernel[grid](*args, **constants, **options(tiling))
+
+
+def options(tiling: Tiling) -> dict[str, Any]:
+    """Triton's compiler options. Contraction to fused multiply-adds is asked for by name, as its
+    default changes with Triton's versions."""
+    return {"num_warps": tiling.warps, "maxnreg": tiling.registers, "enable_fp_fusion": True}

@@ -12,8 +12,8 @@ Two formulations of the Gram:
     pairs   T <= 8: one accumulator a pair and lane, all in registers
     tiles   larger T: TILE x TILE blocks by `tl.dot` in full float32 (float64) precision, TF32
             off. Up to T = 64 (16 in float64) one tile holds all rows and every gradient is read
-            once; above, a program serves one pair of row tiles and each row is read once for
-            every tile.
+            once; above, a program serves one pair of row tiles, and with N tiles every gradient
+            is read N + 1 times.
 
 Precision and order: lanes accumulate `FLUSH` blocks in the working precision, then join a float64
 sum of the program. Every program writes its sum to a workspace of O(programs T^2); the program
@@ -27,6 +27,8 @@ The arrival counter is an integer and is set back by the same program.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,6 +40,8 @@ from .triton_rules import advance, coefficients, load_state, numbers
 
 #: Largest T of the pairs formulation.
 MAX_PAIRS_T = 8
+#: Numbers the last program adds up at a time: 32 a thread of four warps.
+MAX_SUMMED = 4096
 
 
 @triton.jit
@@ -250,17 +254,49 @@ def search_tiles(
         tl.store(gram + column * T + row, result, mask=lower)
 
 
-def tiling_of(grads: Tensor) -> tuple[Tiling, int]:
-    """The default tiling for these gradients, and the row tile (0: pairs)."""
-    n_tasks = grads.shape[0]
-    double = grads.element_size() == 8
-    n_processors = processors(grads.device)
-    if n_tasks <= MAX_PAIRS_T:
-        # Accumulators, T (T+1) / 2 a coordinate, must fit the registers.
-        block = 1024 if n_tasks <= 4 else 512
-        return Tiling(block // 2 if double else block, 32, 4 * n_processors, 4), 0
-    tile = 16 if double else min(64, triton.next_power_of_2(max(16, n_tasks)))
-    return Tiling(32 if double else 64, 64, 2 * n_processors, 4), tile
+def tiling_for(n_tasks: int, double: bool, with_apply: bool, n_processors: int) -> Tiling:
+    """The default tiling.
+
+    Pairs keep T (T+1) / 2 accumulators and about 2 T values a coordinate in registers, so a
+    thread takes fewer coordinates the more tasks there are, and the grid holds as many programs
+    as the registers leave room for.
+    """
+    if n_tasks > MAX_PAIRS_T:
+        if double:
+            return Tiling(32, programs=2 * n_processors, registers=255, flush=64, tile=16)
+        tile = 16 if n_tasks <= 16 else 32 if n_tasks <= 32 else 64
+        if tile == 64:
+            return Tiling(64, 8, programs=n_processors, registers=255, flush=64, tile=64)
+        return Tiling(64, programs=2 * n_processors, registers=255, flush=64, tile=tile)
+    if n_tasks <= 2 and not with_apply:
+        block = 1024
+    elif n_tasks >= 7 and (with_apply or double):
+        block = 256
+    else:
+        block = 512
+    shared_by, registers = (4, 128) if n_tasks <= 3 else (2, 255)
+    return Tiling(
+        block // 2 if double else block,
+        programs=shared_by * n_processors,
+        registers=registers,
+        flush=32,
+    )
+
+
+def constants_for(tiling: Tiling, n_tasks: int, with_apply: bool) -> dict[str, Any]:
+    """The constants of the kernel that `tiling` chooses, but for KIND and DTYPE."""
+    tile = tiling.tile
+    sums = n_tasks * (n_tasks + 1) // 2 if tile is None else tile * tile
+    length = 1 << (sums - 1).bit_length()
+    return {
+        "T": n_tasks,
+        "APPLY": with_apply,
+        "BLOCK": tiling.block,
+        "FLUSH": tiling.flush,
+        "LENGTH": length,
+        "ROWS": max(1, MAX_SUMMED // length),
+        **({} if tile is None else {"TILE": tile}),
+    }
 
 
 def _run(
@@ -274,23 +310,19 @@ def _run(
     lr: float,
     weight_decay: float,
     tiling: Tiling,
-    tile: int,
 ) -> None:
+    """Launch one pass: search, or with `params` and `weights` search and apply."""
     n_tasks, size = grads.shape
+    constants = constants_for(tiling, n_tasks, params is not None)
     programs = programs_for(size, tiling)
-    if tile:
-        length = tile * tile
-        n_tiles = triton.cdiv(n_tasks, tile)
-        n_pairs = n_tiles * (n_tiles + 1) // 2
-    else:
-        length = triton.next_power_of_2(n_tasks * (n_tasks + 1) // 2)
-        n_pairs = 1
-    partial, arrived = workspace(grads.device, n_pairs * programs * length, n_pairs)
+    n_tiles = 1 if tiling.tile is None else -(-n_tasks // tiling.tile)
+    n_pairs = n_tiles * (n_tiles + 1) // 2
+    partial, arrived = workspace(grads.device, n_pairs * programs * constants["LENGTH"], n_pairs)
     launch(
-        search_tiles if tile else search_pairs,
+        search_pairs if tiling.tile is None else search_tiles,
         (programs, n_pairs),
         grads.device,
-        tiling.warps,
+        tiling,
         grads,
         *state,
         *(None,) * (3 - len(state)),
@@ -305,15 +337,14 @@ def _run(
         lr,
         1.0 - lr * weight_decay,
         KIND=rule.kind,
-        T=n_tasks,
-        APPLY=params is not None,
         DTYPE=working_type(grads),
-        BLOCK=tiling.block,
-        FLUSH=tiling.flush,
-        LENGTH=length,
-        ROWS=max(1, 4096 // length),
-        **({"TILE": tile} if tile else {}),
+        **constants,
     )
+
+
+def _default(grads: Tensor, with_apply: bool) -> Tiling:
+    double = grads.element_size() == 8
+    return tiling_for(len(grads), double, with_apply, processors(grads.device))
 
 
 def search(
@@ -329,8 +360,9 @@ def search(
 
     Arguments are taken as checked. `gram` is written.
     """
-    default, tile = tiling_of(grads)
-    _run(rule, step, grads, state, gram, None, None, 0.0, 0.0, tiling or default, tile)
+    if tiling is None:
+        tiling = _default(grads, with_apply=False)
+    _run(rule, step, grads, state, gram, None, None, 0.0, 0.0, tiling)
 
 
 def delayed(
@@ -352,9 +384,10 @@ def delayed(
     still read what apply writes. Arguments are taken as checked; `params`, `state` and `gram` are
     written.
     """
-    default, tile = tiling_of(grads)
-    if tile and grads.shape[0] > tile:
+    if tiling is None:
+        tiling = _default(grads, with_apply=True)
+    if tiling.tile is not None and len(grads) > tiling.tile:
         search(rule, step, grads, state, gram, tiling=tiling)
         apply(rule, step, grads, state, params, weights, lr, weight_decay)
         return
-    _run(rule, step, grads, state, gram, params, weights, lr, weight_decay, tiling or default, tile)
+    _run(rule, step, grads, state, gram, params, weights, lr, weight_decay, tiling)
