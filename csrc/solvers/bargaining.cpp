@@ -338,22 +338,23 @@ FASTMTO_INLINE Status solve_exact(const Problem& problem, int ld, const double* 
   *info = Info{0, 0.0, 0.0};
   if (!prepare(problem, ld, e, p_scale)) return diagnose(problem);
   if (n <= 2 && problem.preference == nullptr) return closed_form(n, ld, e, info);
+  bool warm = false;
   if (warm_start != nullptr) {
     double peak = 0.0;
     for (int j = 0; j < n; ++j) {
       e.y[j] = warm_start[j] / e.s[j];
       peak = max_of(peak, e.y[j]);
     }
-    if (peak > 0.0 && peak <= DBL_MAX) {
-      // Only a start: entries that far apart are no better than the bound.
-      for (int j = 0; j < n; ++j) e.y[j] = max_of(e.y[j] / peak, 1e-9);
-      for (int j = n; j < ld; ++j) e.y[j] = 0.0;
-      if (newton(n, ld, tol, e, info) == Status::kSolved) return Status::kSolved;
-    }
+    warm = peak > 0.0 && peak <= DBL_MAX;
+    // Only a start: entries that far apart are no better than the bound.
+    for (int j = 0; j < n; ++j) e.y[j] = max_of(e.y[j] / peak, 1e-9);
   }
-  for (int j = 0; j < n; ++j) e.y[j] = 1.0;
-  for (int j = n; j < ld; ++j) e.y[j] = 0.0;
-  return newton(n, ld, tol, e, info);
+  for (;;) {
+    for (int j = warm ? n : 0; j < ld; ++j) e.y[j] = j < n ? 1.0 : 0.0;
+    const Status status = newton(n, ld, tol, e, info);
+    if (status == Status::kSolved || !warm) return status;
+    warm = false;
+  }
 }
 
 template <int kLd>
@@ -646,11 +647,10 @@ FASTMTO_INLINE Status whiten(const Problem& problem, int ld, const Exact& ex, co
   return status;
 }
 
-template <int kLd>
 FASTMTO_INLINE Status ccp_body(const Problem& problem, const double* start, int max_steps,
                                double tol, double* workspace, double* weights, Info* info) {
   const int n = problem.tasks;
-  const int ld = kLd > 0 ? kLd : padded(n);
+  const int ld = padded(n);
   Arena arena{workspace};
   const Exact ex = carve_exact(n, ld, &arena);
   const Interior f = carve_interior(n, ld, &arena);
@@ -677,21 +677,17 @@ FASTMTO_INLINE Status ccp_body(const Problem& problem, const double* start, int 
   return Status::kSolved;
 }
 
-// One body, compiled for the instruction sets of x86-64 and for rows of 8, 16 and any length.
+// One body, compiled for the instruction sets of x86-64 the exact one also for rows of one pack.
 #define FASTMTO_BODIES(name, target)                                                               \
   target Status exact_##name(const Problem& problem, const double* warm_start, double tol,        \
                              double* workspace, double* weights, Info* info) {                    \
     if (problem.tasks <= 8)                                                                        \
       return exact_body<8>(problem, warm_start, tol, workspace, weights, info);                    \
-    if (problem.tasks <= 16)                                                                       \
-      return exact_body<16>(problem, warm_start, tol, workspace, weights, info);                   \
     return exact_body<0>(problem, warm_start, tol, workspace, weights, info);                      \
   }                                                                                                \
   target Status ccp_##name(const Problem& problem, const double* start, int max_steps, double tol, \
                            double* workspace, double* weights, Info* info) {                      \
-    if (problem.tasks <= 8)                                                                        \
-      return ccp_body<8>(problem, start, max_steps, tol, workspace, weights, info);                \
-    return ccp_body<0>(problem, start, max_steps, tol, workspace, weights, info);                  \
+    return ccp_body(problem, start, max_steps, tol, workspace, weights, info);                  \
   }
 
 FASTMTO_BODIES(plain, )
