@@ -1,114 +1,221 @@
-// The only file of the kernels that knows Python. Addresses come in as integers; fastmto/ops/cpu.py
-// has checked what they point to.
-#include <pybind11/pybind11.h>
+// The only file of the kernels that knows Python. Arguments come in as plain numbers and addresses;
+// fastmto/ops/cpu.py has checked what they point to. Plain C-API functions on vectors of arguments:
+// with twenty of them, pybind11's dispatch would cost as much as a small tensor's whole step.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
 
 #include <cstdint>
-#include <string_view>
+#include <new>
 
 #include "kernels.h"
 
-namespace py = pybind11;
-using namespace fastmto;
-
 namespace {
 
-using Address = std::uintptr_t;
+using namespace fastmto;
 
 // Elements from which on letting other Python threads run is worth the two locks.
 constexpr std::int64_t kRelease = 1 << 14;
 
-template <class Body>
-auto without_gil(std::int64_t work, const Body& body) {
-  if (work < kRelease) return body();
-  const py::gil_scoped_release release;
-  return body();
-}
+// Takes the arguments one after the other. A wrong type or number sets a Python error, which
+// `complete` reports before anything is used.
+class Arguments {
+ public:
+  Arguments(PyObject* const* values, Py_ssize_t count) : values_(values), count_(count) {}
 
-template <class D>
-D* at(Address address) {
-  return reinterpret_cast<D*>(address);
-}
+  std::int64_t integer() {
+    PyObject* value = next();
+    return value == nullptr ? 0 : PyLong_AsLongLong(value);
+  }
+  int small() { return static_cast<int>(integer()); }
+  double real() {
+    PyObject* value = next();
+    return value == nullptr ? 0 : PyFloat_AsDouble(value);
+  }
+  template <class D>
+  D* address() {
+    PyObject* value = next();
+    return value == nullptr ? nullptr : static_cast<D*>(PyLong_AsVoidPtr(value));
+  }
+  template <class D>
+  const D* packed() {
+    PyObject* value = next();
+    if (value == nullptr) return nullptr;
+    return reinterpret_cast<const D*>(PyBytes_AsString(value));
+  }
+
+  bool complete() const {
+    if (PyErr_Occurred() != nullptr) return false;
+    if (at_ == count_) return true;
+    PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", at_, count_);
+    return false;
+  }
+
+ private:
+  PyObject* next() {
+    PyObject* value = at_ < count_ ? values_[at_] : nullptr;
+    ++at_;
+    return value;
+  }
+
+  PyObject* const* values_;
+  Py_ssize_t count_, at_ = 0;
+};
 
 // The arguments that search, apply and delayed share.
-Update update_of(int kind, int dtype, bool per_task, int tasks, std::int64_t numel, Address grads,
-                 std::int64_t grads_stride, std::string_view coefficients, Address state_0,
-                 std::int64_t stride_0, Address state_1, std::int64_t stride_1, Address state_2,
-                 std::int64_t stride_2, int threads, int isa) {
-  return {kind,
-          static_cast<DType>(dtype),
-          per_task,
-          tasks,
-          numel,
-          {at<void>(grads), grads_stride},
-          reinterpret_cast<const Coefficients*>(coefficients.data()),
-          {{at<void>(state_0), stride_0}, {at<void>(state_1), stride_1},
-           {at<void>(state_2), stride_2}},
-          threads,
-          static_cast<Isa>(isa)};
+Update update_of(Arguments& from) {
+  Update update;
+  update.kind = from.small();
+  update.dtype = static_cast<DType>(from.small());
+  update.per_task = from.integer() != 0;
+  update.tasks = from.small();
+  update.numel = from.integer();
+  update.grads.data = from.address<void>();
+  update.grads.stride = from.integer();
+  update.coefficients = from.packed<Coefficients>();
+  for (Matrix& moments : update.state) {
+    moments.data = from.address<void>();
+    moments.stride = from.integer();
+  }
+  update.threads = from.small();
+  update.isa = static_cast<Isa>(from.small());
+  return update;
 }
+
+// Runs body and turns it into Python's answer.
+template <class Body>
+PyObject* answer(std::int64_t work, const Body& body) {
+  PyThreadState* released = work < kRelease ? nullptr : PyEval_SaveThread();
+  bool enough_memory = true;
+  try {
+    body();
+  } catch (const std::bad_alloc&) {
+    enough_memory = false;
+  }
+  if (released != nullptr) PyEval_RestoreThread(released);
+  if (!enough_memory) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+PyObject* py_search(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments from(values, count);
+  const Update update = update_of(from);
+  double* gram = from.address<double>();
+  if (!from.complete()) return nullptr;
+  return answer(update.numel * update.tasks, [&] { search(update, nullptr, gram); });
+}
+
+PyObject* py_search_clipped(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments from(values, count);
+  const Update update = update_of(from);
+  double* gram = from.address<double>();
+  Clip clip;
+  clip.lambda_rel = from.real();
+  clip.lambda_abs = from.real();
+  clip.lr = from.real();
+  clip.params = from.address<const void>();
+  clip.segments = from.address<const std::int64_t>();
+  clip.n_segments = from.small();
+  clip.sigma = from.address<double>();
+  if (!from.complete()) return nullptr;
+  return answer(update.numel * update.tasks, [&] { search(update, &clip, gram); });
+}
+
+PyObject* py_apply(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments from(values, count);
+  const Update update = update_of(from);
+  Step step;
+  step.params = from.address<void>();
+  step.weights = from.address<const double>();
+  step.lr = from.real();
+  step.weight_decay = from.real();
+  step.segments = from.address<const std::int64_t>();
+  step.n_segments = from.small();
+  step.sigma = from.address<const double>();
+  if (!from.complete()) return nullptr;
+  return answer(update.numel * update.tasks, [&] { apply(update, step); });
+}
+
+PyObject* py_delayed(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments from(values, count);
+  const Update update = update_of(from);
+  Step step{};
+  step.params = from.address<void>();
+  step.weights = from.address<const double>();
+  step.lr = from.real();
+  step.weight_decay = from.real();
+  double* gram = from.address<double>();
+  if (!from.complete()) return nullptr;
+  return answer(update.numel * update.tasks, [&] { delayed(update, step, gram); });
+}
+
+PyObject* py_combine(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments from(values, count);
+  const auto dtype = static_cast<DType>(from.small());
+  const int tasks = from.small();
+  const std::int64_t numel = from.integer();
+  Matrix grads;
+  grads.data = from.address<void>();
+  grads.stride = from.integer();
+  const double* weights = from.address<const double>();
+  void* out = from.address<void>();
+  const int threads = from.small();
+  const auto isa = static_cast<Isa>(from.small());
+  if (!from.complete()) return nullptr;
+  return answer(numel * tasks,
+                [&] { combine(dtype, tasks, numel, grads, weights, out, threads, isa); });
+}
+
+PyObject* py_all_finite(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments from(values, count);
+  const auto dtype = static_cast<DType>(from.small());
+  const std::int64_t rows = from.integer();
+  const std::int64_t numel = from.integer();
+  Matrix matrix;
+  matrix.data = from.address<void>();
+  matrix.stride = from.integer();
+  const int threads = from.small();
+  const auto isa = static_cast<Isa>(from.small());
+  if (!from.complete()) return nullptr;
+  bool finite = false;
+  PyObject* none = answer(rows * numel, [&] {
+    finite = all_finite(dtype, rows, numel, matrix, threads, isa);
+  });
+  if (none == nullptr) return nullptr;
+  Py_DECREF(none);
+  return PyBool_FromLong(finite);
+}
+
+PyObject* py_supported(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments from(values, count);
+  const auto isa = static_cast<Isa>(from.small());
+  if (!from.complete()) return nullptr;
+  return PyBool_FromLong(supported(isa));
+}
+
+template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
+PyMethodDef method(const char* name) {
+  // The C API stores every calling convention in one pointer type and tells them apart by flag.
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
+          METH_FASTCALL, nullptr};
+}
+
+PyMethodDef methods[] = {
+    method<py_search>("search"),         method<py_search_clipped>("search_clipped"),
+    method<py_apply>("apply"),           method<py_delayed>("delayed"),
+    method<py_combine>("combine"),       method<py_all_finite>("all_finite"),
+    method<py_supported>("supported"),   {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                      "_kernels",
+                      "CPU kernels of fastmto.ops; csrc/kernels/kernels.h is the contract.",
+                      -1,
+                      methods,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr};
 
 }  // namespace
 
-#define UPDATE_PARAMETERS                                                                     \
-  int kind, int dtype, bool per_task, int tasks, std::int64_t numel, Address grads,           \
-      std::int64_t grads_stride, std::string_view coefficients, Address state_0,              \
-      std::int64_t stride_0, Address state_1, std::int64_t stride_1, Address state_2,         \
-      std::int64_t stride_2, int threads, int isa
-#define UPDATE                                                                                  \
-  update_of(kind, dtype, per_task, tasks, numel, grads, grads_stride, coefficients, state_0,    \
-            stride_0, state_1, stride_1, state_2, stride_2, threads, isa)
-
-PYBIND11_MODULE(_kernels, m) {
-  m.doc() = "CPU kernels of fastmto.ops (csrc/kernels/kernels.h is the contract).";
-
-  m.def("search", [](UPDATE_PARAMETERS, Address gram) {
-    const Update update = UPDATE;
-    without_gil(numel * tasks, [&] { search(update, nullptr, at<double>(gram)); });
-  });
-
-  m.def("search_clipped",
-        [](UPDATE_PARAMETERS, Address gram, double lambda_rel, double lambda_abs, double lr,
-           Address params, Address segments, int n_segments, Address sigma) {
-          const Update update = UPDATE;
-          const Clip clip{lambda_rel, lambda_abs, lr,
-                          at<const void>(params), at<const std::int64_t>(segments), n_segments,
-                          at<double>(sigma)};
-          without_gil(numel * tasks, [&] { search(update, &clip, at<double>(gram)); });
-        });
-
-  m.def("apply",
-        [](UPDATE_PARAMETERS, Address params, Address weights, double lr, double weight_decay,
-           Address segments, int n_segments, Address sigma) {
-          const Update update = UPDATE;
-          const Step step{at<void>(params), at<const double>(weights), lr, weight_decay,
-                          at<const std::int64_t>(segments), n_segments, at<const double>(sigma)};
-          without_gil(numel * tasks, [&] { apply(update, step); });
-        });
-
-  m.def("delayed", [](UPDATE_PARAMETERS, Address params, Address weights, double lr,
-                      double weight_decay, Address gram) {
-    const Update update = UPDATE;
-    const Step step{at<void>(params), at<const double>(weights), lr, weight_decay, nullptr, 0,
-                    nullptr};
-    without_gil(numel * tasks, [&] { delayed(update, step, at<double>(gram)); });
-  });
-
-  m.def("combine", [](int dtype, int tasks, std::int64_t numel, Address grads,
-                      std::int64_t grads_stride, Address weights, Address out, int threads,
-                      int isa) {
-    without_gil(numel * tasks, [&] {
-      combine(static_cast<DType>(dtype), tasks, numel, {at<void>(grads), grads_stride},
-              at<const double>(weights), at<void>(out), threads, static_cast<Isa>(isa));
-    });
-  });
-
-  m.def("all_finite", [](int dtype, std::int64_t rows, std::int64_t numel, Address values,
-                         std::int64_t stride, int threads, int isa) {
-    return without_gil(rows * numel, [&] {
-      return all_finite(static_cast<DType>(dtype), rows, numel, {at<void>(values), stride},
-                        threads, static_cast<Isa>(isa));
-    });
-  });
-
-  m.def("supported", [](int isa) { return supported(static_cast<Isa>(isa)); });
-}
+PyMODINIT_FUNC PyInit__kernels() { return PyModule_Create(&module); }

@@ -19,6 +19,9 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _PACK = struct.Struct("6d").pack
 _ABSENT = bytes(6 * 8)
 
+#: The last rule, step and packed coefficients: single parameters come in long runs of the same.
+_packed: tuple[Rule | None, int, bytes] = (None, 0, b"")
+
 #: What the three passes over updates take first, in the order of `_kernels.search`.
 _Update = tuple[int, int, bool, int, int, int, int, bytes, int, int, int, int, int, int, int, int]
 
@@ -37,8 +40,7 @@ def _wrong(name: str, expected: str, tensor: Tensor) -> ValueError:
 def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> None:
     if (
         tensor.dtype is not dtype
-        or tensor.numel() != numel
-        or tensor.dim() != 1
+        or tensor.shape != (numel,)
         or not tensor.is_contiguous()
         or not tensor.is_cpu
     ):
@@ -87,6 +89,15 @@ def _check_segments(segments: Tensor, numel: int) -> int:
     return segments.numel() - 1
 
 
+def _pack(rule: Rule, step: int) -> bytes:
+    global _packed
+    last, at, packed = _packed
+    if last is not rule or at != step:
+        packed = _PACK(*rule.coefficients(step))
+        _packed = rule, step, packed
+    return packed
+
+
 def _update(rule: Rule, step: Steps, grads: Tensor, state: tuple[Tensor, ...], isa: int) -> _Update:
     dtype, tasks, numel, stride = _check_grads(grads)
     names = rule.state_names
@@ -121,8 +132,7 @@ def _update(rule: Rule, step: Steps, grads: Tensor, state: tuple[Tensor, ...], i
         for k, tensor in enumerate(state):
             if (
                 tensor.dtype is not maths
-                or tensor.numel() != numel
-                or tensor.dim() != 1
+                or tensor.shape != (numel,)
                 or not tensor.is_contiguous()
                 or not tensor.is_cpu
             ):
@@ -130,7 +140,7 @@ def _update(rule: Rule, step: Steps, grads: Tensor, state: tuple[Tensor, ...], i
             addresses[2 * k] = tensor.data_ptr()
         if not isinstance(step, int) or step < 1:
             raise ValueError(f"step must be an int >= 1 where moments are shared, got {step!r}")
-        coefficients = _PACK(*rule.coefficients(step))
+        coefficients = _pack(rule, step)
     a, b, c, d, e, f = addresses
     return (
         rule.kind,
