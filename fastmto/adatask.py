@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .optim import Parameters, TaskParameters, UpdateBalancer
+from .groups import Parameters, TaskParameters
+from .optim import UpdateBalancer
 from .rules import Clippy, Rule
 
 

@@ -44,7 +44,7 @@ class ClippyAdam(torch.optim.Optimizer):
         *,
         clippy: Clippy | None = None,
     ) -> None:
-        rule = Adam(betas, eps)
+        rule = Adam((betas[0], betas[1]), eps)
         check_lr(lr, weight_decay)
         groups = groups_of("params", params, None)
         check_distinct(groups)
@@ -58,7 +58,7 @@ class ClippyAdam(torch.optim.Optimizer):
         self._plain = PlainSteps(ops.on(device), self._clippy, device)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every parameter that has a `.grad`.
 
         Args:
@@ -73,10 +73,10 @@ class ClippyAdam(torch.optim.Optimizer):
                 result = closure()
         for group in self.param_groups:
             rule = self._rules(group)
-            moved = [p for p in group["params"] if p.grad is not None]
-            for p in moved:
-                self._plain.step(rule, group, p, self.state[p])
-            torch.autograd.graph.increment_version(moved)
+            grads = {p: p.grad for p in group["params"] if p.grad is not None}
+            for p, grad in grads.items():
+                self._plain.step(rule, group, p, grad, self.state[p])
+            torch.autograd.graph.increment_version(list(grads))
         return result
 
     def __getstate__(self) -> dict[str, Any]:

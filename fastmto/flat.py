@@ -129,22 +129,36 @@ class FlatParameters(FlatLayout):
         self._pointers = [p.data_ptr() for p in self.parameters]
 
     def check(self) -> None:
-        """Refuse to go on when a parameter has left the buffer or been frozen.
+        """Refuse to go on when a parameter has left the buffer, been frozen, or has a `.grad`.
 
         Raises:
             RuntimeError: naming the first such parameter and what to do.
         """
-        for k, (p, pointer) in enumerate(zip(self.parameters, self._pointers, strict=True)):
-            if p.data_ptr() != pointer:
+        check_in_place("shared parameter", self.parameters, self._pointers)
+        for k, p in enumerate(self.parameters):
+            if p.grad is not None:
                 raise RuntimeError(
-                    f"shared parameter {k} of its group (shape {tuple(p.shape)}) no longer lives "
-                    "in the optimizer's buffer: the model was moved or converted (.to, .half, "
-                    "p.data = ...) after the optimizer was built; do that first, then build the "
-                    "optimizer"
+                    f"shared parameter {k} of its group (shape {tuple(p.shape)}) has a .grad from "
+                    "another backward, which would be lost: make that loss a part of the tasks' "
+                    "losses, or call zero_grad()"
                 )
-            if not p.requires_grad:
-                raise RuntimeError(
-                    f"shared parameter {k} of its group (shape {tuple(p.shape)}) does not "
-                    "require grad any more; to freeze parameters build a new optimizer without "
-                    "them"
-                )
+
+
+def check_in_place(label: str, parameters: Sequence[Parameter], pointers: Sequence[int]) -> None:
+    """Refuse parameters that are no longer where, or what, they were.
+
+    Raises:
+        RuntimeError: a parameter's memory is not at its pointer, or it does not require grad.
+    """
+    for k, (p, pointer) in enumerate(zip(parameters, pointers, strict=True)):
+        if p.data_ptr() != pointer:
+            raise RuntimeError(
+                f"{label} {k} of its group (shape {tuple(p.shape)}) no longer lives where the "
+                "optimizer found it: the model was moved or converted (.to, .half, p.data = ...) "
+                "after the optimizer was built; do that first, then build the optimizer"
+            )
+        if not p.requires_grad:
+            raise RuntimeError(
+                f"{label} {k} of its group (shape {tuple(p.shape)}) does not require grad any "
+                "more; to freeze parameters build a new optimizer without them"
+            )

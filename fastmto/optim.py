@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from torch.nn import Parameter
 
 from . import ops
 from .errors import NonFiniteError, SolverError
-from .flat import FlatParameters, as_vector
+from .flat import FlatParameters, as_vector, check_in_place
 from .groups import Parameters, TaskParameters, check_lr, param_groups
-from .plain import GroupRules, PlainSteps, state_dtype
+from .plain import GroupRules, PlainSteps, check_state_names, state_dtype
 from .rules import Clippy, Rule, as_rule
 from .task_gradients import Losses, TaskGradients, as_list, first_nonfinite
 from .weightings import Bargaining, Weighting
@@ -114,8 +114,12 @@ class UpdateBalancer(torch.optim.Optimizer):
         self._device = self._shared[0][1].device
         self._ops = ops.on(self._device)
         self._rules = GroupRules(self._rule)
+        for group in self.param_groups:
+            self._rules(group)  # wrong hyperparameters are refused here, not in a step
+        self._pointers = [p.data_ptr() for _, p in self._heads]
         self._plain = PlainSteps(self._ops, self._settings["clippy"], self._device)
         self._steps = 0
+        self._found = False  # whether any search has found weights
         self._pending: str | None = None  # None, "per_task", "weighted" or "refused"
         #: Counts of what happened, the unusual above all; see `PUB`.
         self.stats: dict[str, int] = dict.fromkeys(STATS, 0)
@@ -192,6 +196,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         values, names = as_list(losses, self.n_tasks, self._names)
         for _, flat in self._shared:
             flat.check()
+        check_in_place("task parameter", [p for _, p in self._heads], self._pointers)
         gradients = self.gradients or self._set_tasks(len(values))
         self._names = names
         if self._pending == "refused":
@@ -214,10 +219,18 @@ class UpdateBalancer(torch.optim.Optimizer):
             gradients.weighted(values, self.weights.tolist())
             pending = "weighted"
         self.stats["backwards"] += gradients.backwards - before
-        if not any(gradients.touched):
+        if not any(gradients.reached):
             raise RuntimeError(
                 "no loss reaches the shared parameters: they are not what the model computes with"
             )
+        if self._steps == 0 and not all(gradients.reached):
+            missed = [k for k, on in enumerate(gradients.reached) if not on]
+            _warn(
+                f"no task of the first step reaches shared_parameters {missed}: unused, or hidden "
+                "by a checkpoint (which needs use_reentrant=False); their gradient is zero"
+            )
+        for (_, p), grad in zip(self._heads, gradients.head_grads, strict=True):
+            p.grad = grad
         self._pending = pending
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -229,11 +242,13 @@ class UpdateBalancer(torch.optim.Optimizer):
 
     def _searches(self) -> bool:
         """Whether the coming step looks for new weights."""
+        if self.weighting is None:
+            return False
         every: int = self._settings["update_weights_every"]
-        return self.weighting is not None and self._steps % every == 0
+        return self._steps % every == 0 or not self._found
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Search weights if it is time, move the parameters, then the moments.
 
         A step whose losses or gradients are not finite changes nothing (`on_nonfinite`).
@@ -258,47 +273,55 @@ class UpdateBalancer(torch.optim.Optimizer):
             raise RuntimeError("step() needs gradients: call backward(losses) of this optimizer")
         if pending == "refused":
             return result
-        searches = pending == "per_task" and self._searches()
-        # The first search of a delayed optimizer has no earlier weights to go by.
-        delayed = searches and self._settings["delayed"] and self.stats["searches"] > 0
+        assert self.gradients is not None
+        rules = [self._rules(group) for group in self.param_groups]
+        for buffer in self._buffers:
+            check_state_names(rules[buffer.number], buffer.state_names)
+        reached = any(self.gradients.touched)
+        searches = reached and pending == "per_task" and self._searches()
+        # Before the first weights are found there are none to go by.
+        delayed = searches and self._settings["delayed"] and self._found
         looks = (searches or self._settings["clippy"] is not None) and not delayed
         rows = 1 if pending == "weighted" else len(self._task_steps)
         if looks:
-            self._search(rows)
+            self._search(rules, rows)
         if not self._finite(rows, looks):
             self._refuse("a gradient is not finite")
             return result
         if searches and not delayed:
             self._balance()
-        self._apply(rows, delayed)
+        if reached:
+            weights = self._one if pending == "weighted" else self._joint_weights()
+            self._apply(rules, rows, weights, delayed)
+        self._step_heads(rules)
         self._count(searches)
         if delayed:
             self._balance()
         return result
 
-    def _search(self, rows: int) -> None:
+    def _search(self, rules: Sequence[Rule], rows: int) -> None:
         """The Gram of the updates, and Clippy's factors, of every buffer."""
-        for buffer, group in self._groups():
+        for buffer in self._buffers:
             self._ops.search(
-                self._rules(group),
+                rules[buffer.number],
                 self._op_step(),
                 buffer.grads[:rows],
                 buffer.state,
                 buffer.gram(rows),
                 clippy=self._settings["clippy"],
                 params=buffer.flat.data,
-                lr=float(group["lr"]),
+                lr=float(self.param_groups[buffer.number]["lr"]),
                 segments=buffer.flat.segments,
                 sigma=buffer.sigma[:rows],
             )
 
-    def _apply(self, rows: int, delayed: bool) -> None:
-        """Move the parameters, then the moments; a delayed pass takes the new Gram as well."""
-        weights = self._one if rows < len(self._task_steps) else self._joint_weights()
+    def _apply(self, rules: Sequence[Rule], rows: int, weights: Tensor, delayed: bool) -> None:
+        """Move shared parameters, then moments; a delayed pass takes the new Gram as well."""
         clippy = self._settings["clippy"]
-        for buffer, group in self._groups():
+        for buffer in self._buffers:
+            group = self.param_groups[buffer.number]
             arguments = (
-                self._rules(group),
+                rules[buffer.number],
                 self._op_step(),
                 buffer.grads[:rows],
                 buffer.state,
@@ -315,17 +338,18 @@ class UpdateBalancer(torch.optim.Optimizer):
                 )
             else:
                 self._ops.apply(*arguments, *rates, segments=segments, sigma=sigma)
-        moved = [p for buffer in self._buffers for p in buffer.flat.parameters]
+            # The kernels write behind autograd's back: an older graph must not be used any more.
+            torch.autograd.graph.increment_version(buffer.flat.parameters)
+
+    def _step_heads(self, rules: Sequence[Rule]) -> None:
+        """The plain rule on the heads of the tasks that took part."""
+        moved = []
         for number, p in self._heads:
             if p.grad is not None:
                 group = self.param_groups[number]
-                self._plain.step(self._rules(group), group, p, self.state[p])
+                self._plain.step(rules[number], group, p, p.grad, self.state[p])
                 moved.append(p)
-        # The kernels write behind autograd's back: a graph kept from before must not be reused.
         torch.autograd.graph.increment_version(moved)
-
-    def _groups(self) -> Iterable[tuple[Buffer, dict[str, Any]]]:
-        return ((buffer, self.param_groups[buffer.number]) for buffer in self._buffers)
 
     def _op_step(self) -> ops.Steps:
         if not self._settings["adatask"]:
@@ -364,8 +388,9 @@ class UpdateBalancer(torch.optim.Optimizer):
             if self._settings["on_failure"] == "raise":
                 raise
             self.stats["held"] += 1
-            _warn(f"no new task weights, the last ones stay: {error}", "held")
+            _warn(f"no new task weights, the last ones stay: {error} (stats['held'])")
             return
+        self._found = True
         bound = self._settings["max_weight"]
         if bound is not None and bool((weights > bound).any()):
             self.stats["capped"] += 1
@@ -417,7 +442,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         self.stats["skipped"] += 1
         if self._settings["on_nonfinite"] == "raise":
             raise NonFiniteError(f"{what}; the step was not made")
-        _warn(f"step skipped: {what}", "skipped")
+        _warn(f"step skipped: {what} (stats['skipped'])")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only for construction: the buffers' layout is settled there.
@@ -445,6 +470,7 @@ class UpdateBalancer(torch.optim.Optimizer):
             "fastmto": {
                 "version": 1,
                 "steps": self._steps,
+                "found": self._found,
                 "names": self._names,
                 "weights": None if self.weights is None else self.weights.clone(),
                 "gram": self.gram,
@@ -453,6 +479,8 @@ class UpdateBalancer(torch.optim.Optimizer):
                 "task_steps": None if gradients is None else list(self._task_steps),
                 "owners": None if gradients is None else list(gradients.owners),
                 "inspected": None if gradients is None else list(gradients.inspected),
+                "reaches": None if gradients is None else list(gradients.reaches),
+                "reached": None if gradients is None else list(gradients.reached),
             },
         }
 
@@ -474,15 +502,21 @@ class UpdateBalancer(torch.optim.Optimizer):
             raise ValueError(
                 f"state_dict must be of {self.n_tasks} tasks, got one of {n_tasks} tasks"
             )
+        if None not in (self._names, saved["names"]) and self._names != saved["names"]:
+            raise ValueError(f"state_dict must be of {self._names}, got one of {saved['names']}")
         entries = self._match_state(state_dict, n_tasks)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        self._pending = None
-        if n_tasks is None:
+        names = self._names or saved["names"]
+        if n_tasks is None:  # from before the first step
+            self._build(None, names)
             return
+        self._pending = None
         gradients = self.gradients or self._set_tasks(n_tasks)
         gradients.clear()
         gradients.owners = list(saved["owners"])
         gradients.inspected = list(saved["inspected"])
+        gradients.reaches = list(saved["reaches"])
+        gradients.reached = list(saved["reached"])
         self._bind_state()
         shared = {p for b in self._buffers for p in b.flat.parameters}
         for p, state in entries:
@@ -492,8 +526,9 @@ class UpdateBalancer(torch.optim.Optimizer):
             else:
                 self.state[p] = self._plain.adopt(p, state)
         self._steps = saved["steps"]
+        self._found = saved["found"]
         self._task_steps = list(saved["task_steps"])
-        self._names = saved["names"]
+        self._names = names
         self.weights = saved["weights"].clone()
         self.gram = saved["gram"]
         self.stats = dict(saved["stats"])
@@ -512,7 +547,12 @@ class UpdateBalancer(torch.optim.Optimizer):
             )
         entries = []
         for saved, group in zip(groups, self.param_groups, strict=True):
-            rule = self._rules({**group, **{k: v for k, v in saved.items() if k != "params"}})
+            rule = self._rules(group)
+            names = self._rules({**group, **saved}).state_names
+            if names != rule.state_names:
+                raise ValueError(
+                    f"state_dict must hold the moments {rule.state_names}, got {names}"
+                )
             stacked = self._settings["adatask"] and group["task"] == "shared"
             for key, p in zip(saved["params"], group["params"], strict=True):
                 state = state_dict["state"].get(key, {})
@@ -583,6 +623,7 @@ class Buffer:
         self.number = number  # of the param group
         self.flat = flat
         self.grads = grads  # (T, P)
+        self.state_names = rule.state_names
         rows = n_tasks if adatask else 1
         self._adatask = adatask
         self._moments = {
@@ -626,6 +667,5 @@ def _as_weighting(weighting: str | GramWeighting | None) -> GramWeighting | None
     return weighting
 
 
-def _warn(message: str, counter: str) -> None:
-    text = f"{message} (counted in optimizer.stats[{counter!r}])"
-    warnings.warn(text, RuntimeWarning, stacklevel=4)
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)

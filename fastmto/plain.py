@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from . import ops
@@ -23,14 +24,35 @@ class GroupRules:
         self._known: dict[tuple[Any, ...], Rule] = {}
 
     def __call__(self, group: Mapping[str, Any]) -> Rule:
+        """The rule of `group`.
+
+        Raises:
+            ValueError: a hyperparameter is out of its range.
+        """
         values = tuple(tuple(v) if isinstance(v := group[n], list) else v for n in self._names)
-        if values not in self._known:
-            self._known[values] = self._type(*values)
-        return self._known[values]
+        rule = self._known.get(values)
+        if rule is None:
+            if len(self._known) > 64:  # a schedule makes a new one every step
+                self._known.clear()
+            rule = self._known[values] = self._type(*values)
+        return rule
+
+
+def check_state_names(rule: Rule, names: Collection[str]) -> None:
+    """Refuse a rule that needs other moments than those it has been kept with.
+
+    Raises:
+        RuntimeError: a hyperparameter that decides which moments exist has been changed.
+    """
+    if tuple(names) != rule.state_names:
+        raise RuntimeError(
+            f"{rule} needs the moments {', '.join(rule.state_names)}, but the optimizer was built "
+            f"with {', '.join(names)}: momentum and centered cannot be switched on or off later"
+        )
 
 
 class PlainSteps:
-    """The plain rule on single parameters with their `.grad`: T = 1, weight 1.
+    """The plain rule on single parameters: T = 1, weight 1.
 
     Args:
         backend: the ops of the parameters' device.
@@ -46,25 +68,34 @@ class PlainSteps:
         self._gram = torch.zeros(1, 1, dtype=torch.float64, device=device)
 
     def step(
-        self, rule: Rule, group: Mapping[str, Any], p: Parameter, state: dict[str, Any]
+        self,
+        rule: Rule,
+        group: Mapping[str, Any],
+        p: Parameter,
+        grad: Tensor,
+        state: dict[str, Any],
     ) -> None:
         """Move `p` and its `state` (filled at the first step) by one step of `rule`."""
-        assert p.grad is not None
         if not state:
-            dtype = state_dtype(p.dtype)
             state["step"] = 0
             for name in rule.state_names:
-                state[name] = torch.full_like(p, rule.initial(name), dtype=dtype)
+                state[name] = torch.full_like(
+                    p, rule.initial(name), dtype=state_dtype(p.dtype), requires_grad=False
+                )
+        check_state_names(rule, [name for name in state if name != "step"])
         state["step"] += 1
-        arguments = rule, state["step"], as_vector(laid_like(p.grad, p))[None]
-        moments = tuple(as_vector(state[name]) for name in rule.state_names)
         vector, lr = as_vector(p), float(group["lr"])
+        arguments = (
+            rule,
+            state["step"],
+            as_vector(laid_like(grad, p))[None],
+            tuple(as_vector(state[name]) for name in rule.state_names),
+        )
         segments = sigma = None
         if self._clippy is not None:
             segments, sigma = torch.tensor([0, p.numel()]), self._sigma
             self._ops.search(
                 *arguments,
-                moments,
                 self._gram,
                 clippy=self._clippy,
                 params=vector,
@@ -73,9 +104,7 @@ class PlainSteps:
                 sigma=sigma,
             )
         decay = float(group["weight_decay"])
-        self._ops.apply(
-            *arguments, moments, vector, self._one, lr, decay, segments=segments, sigma=sigma
-        )
+        self._ops.apply(*arguments, vector, self._one, lr, decay, segments=segments, sigma=sigma)
 
     def adopt(self, p: Parameter, saved: Mapping[str, Any]) -> dict[str, Any]:
         """A saved state of `p` as `step` wants it: own memory, laid out like `p`."""

@@ -12,6 +12,7 @@ AdaTask, AAAI 2023.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -104,20 +105,20 @@ def bargaining(gram: Tensor, iterations: int = 200) -> Tensor:
 def scale_weights(a: Tensor, gram: Tensor, scale: str, n_parameters: int) -> Tensor:
     """The length of the joint step, chosen on purpose (the papers fix it at sqrt(T)).
 
-        none       a as it is
-        sum        sum_i a_i = T
-        mean_norm  ||sum_i a_i u_i|| = mean_i ||u_i||
-        rms        ||sum_i a_i u_i|| = sqrt(P)
+    none       a as it is
+    sum        sum_i a_i = T
+    mean_norm  ||sum_i a_i u_i|| = mean_i ||u_i||
+    rms        ||sum_i a_i u_i|| = sqrt(P)
     """
-    length = (a @ gram @ a).sqrt()
+    length = math.sqrt(float(a @ gram @ a))
     if scale == "none":
         return a
     if scale == "sum":
-        return a * len(a) / a.sum()
+        return a * (len(a) / float(a.sum()))
     if scale == "mean_norm":
-        return a * gram.diagonal().sqrt().mean() / length
+        return a * (float(gram.diagonal().sqrt().mean()) / length)
     if scale == "rms":
-        return a * n_parameters**0.5 / length
+        return a * (math.sqrt(n_parameters) / length)
     raise ValueError(f"scale must be none, sum, mean_norm or rms, got {scale!r}")
 
 

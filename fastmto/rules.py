@@ -91,7 +91,7 @@ class Adam(Rule):
     name: ClassVar[str] = "adam"
 
     def __post_init__(self) -> None:
-        if len(self.betas) != 2:
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
             raise ValueError(f"betas must be a pair, got {self.betas!r}")
         _check_beta("betas[0]", self.betas[0])
         _check_beta("betas[1]", self.betas[1])
@@ -216,5 +216,7 @@ def as_rule(rule: str | Rule) -> Rule:
     if isinstance(rule, Rule):
         return rule
     if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)} or a fastmto.rules.Rule, got {rule!r}")
+        raise ValueError(
+            f"rule must be one of {', '.join(RULES)} or a fastmto.rules.Rule, got {rule!r}"
+        )
     return RULES[rule]()

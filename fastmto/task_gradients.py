@@ -7,19 +7,20 @@ and the gradients of its own head. The graph is freed after the last.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .flat import FlatLayout, laid_like
+from .flat import FlatLayout
 
 Losses = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
 
-#: A head's own gradient is read off a weighted backward by dividing by the task's weight; below
-#: this fraction of the largest weight that would cost digits, and the task gets its own backward.
-SMALLEST_SHARE = 2.0**-10
+#: A head's own gradient is read off a weighted backward by dividing by the task's weight. Under
+#: these weights the weighted gradient could underflow, and the task gets its own backward.
+SMALLEST_WEIGHT = {torch.float16: 2.0**-6}
+SMALLEST_WEIGHT_ELSE = 2.0**-40
 
 
 def as_list(
@@ -86,7 +87,7 @@ HeadGrads = dict[int, Tensor | None]
 
 
 class TaskGradients:
-    """The gradients of one step: T rows over the shared parameters, `.grad` on the heads.
+    """The gradients of one step: T rows over the shared parameters and one over the heads.
 
     Every backward pass of a balancer goes through here. Filled by `per_task` or `weighted`
     (again, before `clear`: gradients add up), read by the optimizer, forgotten by `clear`.
@@ -94,15 +95,18 @@ class TaskGradients:
     Args:
         layouts: of the shared parameters, one a param group and dtype.
         heads: the task-specific parameters.
-        owners: the task each head belongs to; None is found out at the tasks' first backward,
-            where given owners are checked too.
+        owners: the task each head belongs to. None is found out at the first own backward of a
+            task that moves the head; until then its gradient is zero and it is left alone. Given
+            owners are checked at the tasks' first backward.
         n_tasks: T.
 
     Attributes:
         rows: per-task gradients, one buffer (T, P) a layout. After `weighted`, row 0 holds the
             joint gradient.
+        head_grads: gradient of every head, laid out like it; None where its task took no part.
         present: whether each task took part.
         touched: whether each task reached the shared parameters.
+        reached: whether each shared parameter was ever reached by a task.
         backwards: number of backward passes so far.
     """
 
@@ -116,11 +120,14 @@ class TaskGradients:
         self.rows = [layout.rows(n_tasks) for layout in layouts]
         self.owners = list(owners)
         self.inspected = [False] * n_tasks
-        self._reaches = [True] * n_tasks  # whether a task's last own backward reached the rows
+        self.reaches = [True] * n_tasks  # whether a task's last own backward reached the rows
         self.backwards = 0
         self._heads = list(heads)
+        self._own = [torch.zeros_like(p, requires_grad=False) for p in heads]
         self._shared = [p for layout in layouts for p in layout.parameters]
-        self._labels = [f"shared_parameters[{k}]" for k in range(len(self._shared))]
+        self.reached = [False] * len(self._shared)
+        dtypes = {p.dtype for p in (*self._shared, *heads)}
+        self._floor = max(SMALLEST_WEIGHT.get(d, SMALLEST_WEIGHT_ELSE) for d in dtypes)
         self._views: list[list[Tensor]] = [
             [
                 view
@@ -136,8 +143,7 @@ class TaskGradients:
         self._empty = True
         self.present = [False] * len(self.inspected)
         self.touched = [False] * len(self.inspected)
-        for p in self._heads:
-            p.grad = None
+        self.head_grads: list[Tensor | None] = [None] * len(self._heads)
 
     def per_task(self, losses: Sequence[Tensor | None]) -> None:
         """One backward a present task, each into its own row; absent tasks' rows are zero."""
@@ -157,9 +163,8 @@ class TaskGradients:
 
         Tasks of (nearly) no weight and tasks never seen before take a backward of their own.
         """
-        floor = SMALLEST_SHARE * max(weights)
         present = [(i, loss) for i, loss in enumerate(losses) if loss is not None]
-        apart = [i for i, _ in present if weights[i] <= floor or not self.inspected[i]]
+        apart = [i for i, _ in present if weights[i] < self._floor or not self.inspected[i]]
         joint = {i: loss for i, loss in present if i not in apart}
         add = not self._empty
         if joint:
@@ -170,7 +175,7 @@ class TaskGradients:
             for h, grad in head_grads.items():
                 owner = self.owners[h]
                 assert owner is not None
-                self._accumulate(h, None if grad is None else grad / weights[owner])
+                self._accumulate(h, grad, 1 / weights[owner])
         elif not add:
             _write(self._views[0], [None] * len(self._shared), add=False)
         fresh: list[tuple[int, HeadGrads]] = []
@@ -184,17 +189,19 @@ class TaskGradients:
     def _one_task(
         self, i: int, loss: Tensor, *, row: int, add: bool, retain: bool, weight: float = 1.0
     ) -> list[tuple[int, HeadGrads]]:
-        """One backward of task i. At its first sight the heads' gradients are returned, to find
-        or check their owners; later they go to `.grad`."""
+        """One backward of task i. Gradients of heads whose owner is to be found or checked are
+        returned; the others are taken."""
         seen = self.inspected[i]
-        heads = [h for h, owner in enumerate(self.owners) if owner == i or not seen]
+        heads = [h for h, owner in enumerate(self.owners) if owner in (i, None) or not seen]
         grads, head_grads = self._backward(loss, heads, retain=retain)
         self._take([i], grads, row=row, add=add, weight=weight)
+        self.reaches[i] = any(grad is not None for grad in grads)
         if not seen:
             return [(i, head_grads)]
-        for h, grad in head_grads.items():
-            self._accumulate(h, grad)
-        return []
+        for h in heads:
+            if self.owners[h] == i:
+                self._accumulate(h, head_grads.pop(h))
+        return [(i, head_grads)] if head_grads else []
 
     def _backward(
         self, loss: Tensor, heads: Sequence[int], *, retain: bool
@@ -206,7 +213,7 @@ class TaskGradients:
         for k, grad in enumerate(grads):
             if grad is not None and grad.layout is not torch.strided:
                 n = len(self._shared)
-                label = self._labels[k] if k < n else f"task parameter {heads[k - n]}"
+                label = f"shared_parameters[{k}]" if k < n else f"task parameter {heads[k - n]}"
                 raise RuntimeError(
                     f"{label} has a sparse gradient ({grad.layout}); per-task gradients must be "
                     "dense: build the embedding with sparse=False"
@@ -224,41 +231,40 @@ class TaskGradients:
         weight: float = 1.0,
     ) -> None:
         _write(self._views[row], grads, add=add, weight=weight)
-        reached = any(grad is not None for grad in grads)
-        if len(tasks) == 1:
-            self._reaches[tasks[0]] = reached
+        hits = [grad is not None for grad in grads]
+        self.reached = [a or b for a, b in zip(self.reached, hits, strict=True)]
         for i in tasks:
             self.present[i] = True
-            self.touched[i] |= reached and self._reaches[i]
+            self.touched[i] |= any(hits) and (self.reaches[i] or len(tasks) == 1)
 
-    def _accumulate(self, h: int, grad: Tensor | None) -> None:
-        p = self._heads[h]
-        if grad is not None:
-            p.grad = laid_like(grad, p) if p.grad is None else p.grad + grad
+    def _accumulate(self, h: int, grad: Tensor | None, factor: float = 1.0) -> None:
+        """Take `factor` times a head's gradient into memory of our own, laid out like the head."""
+        if grad is None:
+            return
+        own = self._own[h]
+        if self.head_grads[h] is None:
+            torch.mul(grad, factor, out=own)
+            self.head_grads[h] = own
+        else:
+            own.add_(grad, alpha=factor)
 
     def _settle_owners(self, fresh: Sequence[tuple[int, HeadGrads]]) -> None:
-        """Find or check the owner of every head that tasks seen for the first time reach."""
+        """Find or check the owner of every head in `fresh`, then take the gradients."""
         if not fresh:
             return
         owners = list(self.owners)
         for h, p in enumerate(self._heads):
-            label = f"task parameter {h} (shape {tuple(p.shape)})"
-            reached = [(i, g) for i, grads in fresh if (g := grads[h]) is not None]
+            reached = [(i, g) for i, grads in fresh if (g := grads.get(h)) is not None]
             moved = [i for i, g in reached if bool(g.any())]
-            if owners[h] is None and reached:
-                claims = moved or [i for i, _ in reached]
-                if len(claims) > 1 and not moved:
-                    raise ValueError(
-                        f"task_parameters: {label} has a zero gradient from each of tasks "
-                        f"{claims}, so its owner cannot be told; pass one list a task"
-                    )
-                owners[h] = claims[0]
+            if owners[h] is None:
+                # Reached with zeros only (a stack of losses connects everything): wait and see.
+                owners[h] = moved[0] if moved else reached[0][0] if len(reached) == 1 else None
             strangers = [i for i in moved if i != owners[h]]
             if strangers:
                 raise ValueError(
-                    f"task_parameters: {label} must belong to one task, but tasks "
-                    f"{sorted({*strangers, owners[h]})} have gradients on it; list it in "
-                    "shared_parameters"
+                    f"task_parameters: parameter {h} (shape {tuple(p.shape)}) must belong to one "
+                    f"task, but tasks {sorted({i for i in (*strangers, owners[h]) if i is not None})} have gradients on it; "
+                    "list it in shared_parameters"
                 )
         self.owners = owners
         for i, grads in fresh:

@@ -253,6 +253,25 @@ def test_one_task_is_plain_adamw() -> None:
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
+def test_one_task_between_searches_is_weighted_once() -> None:
+    shared = parameters(0, torch.float64)
+    optimizer = fastmto.PUB(shared, [[]], 0.01, rule=RMSProp(eps=0.1), scale="rms", max_weight=None)
+    ref = reference.ReferencePUB([p.detach().clone() for p in shared], 1, RMSProp(eps=0.1), 0.01)
+    for t in range(3):
+        grads = gradients(t, shared, 1)
+        if t == 0:
+            gram = ref.gram(grads)
+            numel = sum(p.numel() for p in shared)
+            a = reference.scale_weights(reference.bargaining(gram), gram, "rms", numel)
+            ref.step(grads, a)
+        else:
+            ref.step([[float(a) * g for g in grads[0]]], torch.ones(1, dtype=torch.float64))
+        optimizer.backward([linear_loss(shared, grads[0])])
+        optimizer.step()
+    for p, theta in zip(shared, ref.theta, strict=True):
+        torch.testing.assert_close(p.detach(), theta, rtol=1e-9, atol=1e-11)
+
+
 def test_heads_train_as_plain_adam_whatever_the_weights() -> None:
     model = net()
     copies = [[nn.Parameter(p.detach().clone()) for p in head] for head in model.head_parameters()]
@@ -537,6 +556,89 @@ def test_no_loss_on_the_shared_parameters_is_an_error() -> None:
         optimizer.backward([head.weight.sum() for head in model.heads])
     with pytest.raises(RuntimeError, match="call backward"):
         optimizer.step()
+
+
+def test_a_batch_whose_only_task_has_no_shared_part_trains_that_head() -> None:
+    model = net()
+    optimizer = fastmto.PUB(model.trunk.parameters(), model.head_parameters())
+    run(optimizer, model, range(2))
+    trunk = [p.detach().clone() for p in model.trunk.parameters()]
+    head = model.heads[1].weight.detach().clone()
+    for _ in range(10):
+        optimizer.backward([None, model.heads[1].weight.pow(2).sum()])
+        optimizer.step()
+    assert_same(trunk, [p.detach() for p in model.trunk.parameters()])
+    assert not torch.equal(head, model.heads[1].weight)
+    run(optimizer, model, range(2))
+
+
+def test_shared_parameters_out_of_reach_are_named_once() -> None:
+    model, unused = net(), nn.Parameter(torch.zeros(2))
+    optimizer = fastmto.PUB([*model.trunk.parameters(), unused], model.head_parameters())
+    with pytest.warns(RuntimeWarning, match=r"shared_parameters \[4\].*use_reentrant=False"):
+        optimizer.backward(model.losses(batch(0)))
+    optimizer.step()
+    run(optimizer, model, range(2))
+
+
+def test_another_backward_into_the_shared_parameters_is_not_lost_in_silence() -> None:
+    model = net()
+    optimizer = fastmto.PUB(model.trunk.parameters(), model.head_parameters())
+    model.trunk[0].weight.sum().backward()
+    with pytest.raises(RuntimeError, match=r"has a \.grad from another backward"):
+        optimizer.backward(model.losses(batch(0)))
+    optimizer.zero_grad()
+    run(optimizer, model, range(2))
+
+
+def test_a_search_without_weights_is_tried_again_until_the_first_success() -> None:
+    """Zero-initialised heads: no gradient reaches the trunk in the first step."""
+    model = net()
+    for head in model.heads:
+        nn.init.zeros_(head.weight)
+    optimizer = fastmto.PUB(model.trunk.parameters(), model.head_parameters())
+    with pytest.warns(RuntimeWarning, match="the last ones stay"):
+        run(optimizer, model, [0])
+    run(optimizer, model, [1, 2])
+    assert optimizer.stats["held"] == 1
+    assert optimizer.stats["searches"] == 2
+    assert optimizer.weights.tolist() != [1.0, 1.0]
+
+
+@pytest.mark.parametrize("change", ["double", "frozen"])
+def test_a_head_that_was_converted_or_frozen_is_named_before_anything_moves(change: str) -> None:
+    model = net()
+    optimizer = fastmto.PUB(model.trunk.parameters(), model.head_parameters())
+    run(optimizer, model, [0])
+    head = model.heads[1]
+    head.double() if change == "double" else head.requires_grad_(False)
+    losses = [
+        head(z.to(head.weight.dtype)).sum() for z, head in ((torch.zeros(4, 8), model.heads[0]),)
+    ]
+    with pytest.raises(RuntimeError, match=r"task parameter 2 .*build"):
+        optimizer.backward([losses[0], losses[0]])
+
+
+def test_wrong_hyperparameters_of_a_group_are_refused_at_construction() -> None:
+    model = net()
+    heads = [[{"params": head, "betas": (2.0, 0.9)}] for head in model.head_parameters()]
+    with pytest.raises(ValueError, match=r"betas\[0\] must lie in \[0, 1\), got 2.0"):
+        fastmto.PUB(model.trunk.parameters(), heads)
+    with pytest.raises(ValueError, match="betas must be a pair"):
+        fastmto.PUB([{"params": list(model.trunk.parameters()), "betas": 0.9}], heads[:1])
+
+
+def test_momentum_cannot_be_switched_on_later() -> None:
+    model = net()
+    optimizer = fastmto.PUB(model.trunk.parameters(), model.head_parameters(), rule="rmsprop")
+    run(optimizer, model, [0])
+    before = snapshot(optimizer, model)
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.9
+    optimizer.backward(model.losses(batch(1)))
+    with pytest.raises(RuntimeError, match="cannot be switched on"):
+        optimizer.step()
+    assert_same(before, snapshot(optimizer, model))
 
 
 def test_step_needs_backward_and_zero_grad_takes_it_back() -> None:

@@ -149,11 +149,16 @@ def test_states_of_something_else_are_refused_and_change_nothing() -> None:
     ada, adatask, _ = build("adatask", False)
     adatask.backward(ada.losses(batch(0)))
     adatask.step()
+    balls = net(n_tasks=3)
+    heavy = fastmto.PUB(balls.trunk.parameters(), balls.head_parameters(), rule="rmsprop")
+    heavy.backward(balls.losses(batch(0)))
+    heavy.step()
     for state, match in [
         (adam.state_dict(), "must come from a fastmto optimizer"),
         (other.state_dict(), "must be of 3 tasks, got one of 2"),
         (wider.state_dict(), "must hold"),
         (adatask.state_dict(), "must hold"),
+        (heavy.state_dict(), "must hold"),
     ]:
         with pytest.raises(ValueError, match=match):
             optimizer.load_state_dict(state)
@@ -163,6 +168,55 @@ def test_states_of_something_else_are_refused_and_change_nothing() -> None:
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(after["state"][key][name]))
     assert after["param_groups"] == good["param_groups"]
     assert torch.equal(after["fastmto"]["weights"], good["fastmto"]["weights"])
+
+
+def test_a_state_with_other_moments_is_refused() -> None:
+    model, twin = net(), net()
+    plain = fastmto.PUB(model.trunk.parameters(), model.head_parameters(), rule="rmsprop")
+    heavy = fastmto.PUB(
+        twin.trunk.parameters(), twin.head_parameters(), rule=fastmto.rules.RMSProp(momentum=0.9)
+    )
+    groups = copy.deepcopy(plain.param_groups)
+    with pytest.raises(ValueError, match="must hold the moments"):
+        plain.load_state_dict(heavy.state_dict())
+    assert [g["momentum"] for g in plain.param_groups] == [g["momentum"] for g in groups]
+
+
+def test_a_state_from_before_the_first_step_starts_anew() -> None:
+    model, optimizer, _ = build("default", True)
+    fresh = copy.deepcopy(optimizer.state_dict())
+    start = copy.deepcopy(model.state_dict())
+    run(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0), range(3))
+    model.load_state_dict(start)
+    optimizer.load_state_dict(fresh)
+    assert optimizer.n_tasks is None
+    assert optimizer.stats["steps"] == 0
+    twin, other, _ = build("default", True)
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0)
+    run(model, optimizer, constant, range(4))
+    run(twin, other, torch.optim.lr_scheduler.LambdaLR(other, lambda t: 1.0), range(4))
+    assert_equal(optimizer, other, model, twin)
+    assert len(optimizer.state_dict()["state"]) == len(list(model.parameters()))
+
+
+def test_names_survive_and_must_agree() -> None:
+    model = net()
+    heads = model.head_parameters()
+    named = fastmto.PUB(model.trunk.parameters(), dict(zip("ab", heads, strict=True)))
+    x, y = model.losses(batch(0))
+    named.backward({"a": x, "b": y})
+    named.step()
+    state = copy.deepcopy(named.state_dict())
+    state["fastmto"]["names"] = None
+    named.load_state_dict(state)
+    x, y = model.losses(batch(0))
+    before = [p.detach().clone() for p in heads[1]]
+    named.backward({"b": None, "a": x})
+    named.step()
+    assert all(torch.equal(p, q) for p, q in zip(heads[1], before, strict=True))
+    state["fastmto"]["names"] = ["b", "a"]
+    with pytest.raises(ValueError, match=r"must be of \['a', 'b'\], got one of \['b', 'a'\]"):
+        named.load_state_dict(state)
 
 
 def test_the_state_shows_the_moments_torchs_way() -> None:
