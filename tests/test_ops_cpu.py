@@ -1,0 +1,541 @@
+"""The CPU kernels against the float64 reference, and what is promised about their bits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import ops_cases
+import pytest
+import torch
+from ops_cases import DTYPES, RULES, TASKS, Case, Inputs, build
+from torch import Tensor
+
+from fastmto import _kernels, ops
+from fastmto.ops import cpu
+from fastmto.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
+
+BASELINE, V3, V4 = 1, 2, 3
+ISAS = [isa for isa in (BASELINE, V3, V4) if _kernels.supported(isa)]
+# Past one block of 512, odd, and no multiple of a vector.
+NUMEL = 1237
+
+rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=[str(d).split(".")[1] for d in DTYPES])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads(one_thread: None) -> None:
+    del one_thread
+    torch.set_num_threads(2)
+
+
+def search(inputs: Inputs, isa: int = 0) -> tuple[Tensor, Tensor | None]:
+    """The Gram, and sigma with Clippy."""
+    gram, sigma = inputs.poisoned_gram(), inputs.poisoned_sigma()
+    head = inputs.rule, inputs.step, inputs.grads, inputs.state, gram
+    if inputs.clippy is None:
+        cpu.search(*head, isa=isa)
+        return gram, None
+    cpu.search(
+        *head,
+        clippy=inputs.clippy,
+        params=inputs.params,
+        lr=inputs.lr,
+        segments=inputs.segments,
+        sigma=sigma,
+        isa=isa,
+    )
+    return gram, sigma
+
+
+def apply(inputs: Inputs, sigma: Tensor | None, isa: int = 0) -> None:
+    cpu.apply(
+        inputs.rule,
+        inputs.step,
+        inputs.grads,
+        inputs.state,
+        inputs.params,
+        inputs.weights,
+        inputs.lr,
+        inputs.weight_decay,
+        segments=inputs.segments,
+        sigma=sigma,
+        isa=isa,
+    )
+
+
+def delayed(inputs: Inputs, isa: int = 0) -> tuple[Tensor, Tensor | None]:
+    gram = inputs.poisoned_gram()
+    sigma = None if inputs.clippy is None else inputs.poisoned_sigma()
+    cpu.delayed(
+        inputs.rule,
+        inputs.step,
+        inputs.grads,
+        inputs.state,
+        inputs.params,
+        inputs.weights,
+        gram,
+        inputs.lr,
+        inputs.weight_decay,
+        clippy=inputs.clippy,
+        segments=inputs.segments,
+        sigma=sigma,
+        isa=isa,
+    )
+    return gram, sigma
+
+
+def combine(inputs: Inputs, isa: int = 0) -> Tensor:
+    out = torch.full_like(inputs.params, torch.nan)
+    cpu.combine(inputs.grads, inputs.weights, out, isa=isa)
+    return out
+
+
+def everything(inputs: Inputs, isa: int = 0) -> list[Tensor]:
+    """All that the ops write, on copies of the inputs."""
+    done = inputs.clone()
+    gram, sigma = search(done, isa)
+    apply(done, sigma, isa)
+    optional = [] if sigma is None else [sigma]
+    return [gram, done.params, *done.state, combine(inputs, isa), *optional]
+
+
+def same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def check(inputs: Inputs, isa: int = 0) -> None:
+    """search, apply, delayed and combine against the reference, outputs poisoned first."""
+    before, done = inputs.clone(), inputs.clone()
+    dtype = inputs.grads.dtype
+    gram, sigma = search(done, isa)
+    assert same_bits([done.params, *done.state], [before.params, *before.state])
+    if sigma is not None:
+        low, high = ops_cases.expected_sigma(inputs)
+        slack = ops_cases.FACTOR * ops_cases.EPS[dtype]
+        assert ((low * (1 - slack) <= sigma) & (sigma <= high * (1 + slack))).all()
+    ops_cases.close(gram, ops_cases.expected_gram(inputs, sigma), dtype, name="gram")
+    assert torch.equal(gram, gram.T)
+
+    apply(done, sigma, isa)
+    expected = ops_cases.expected_apply(inputs, sigma)
+    ops_cases.close_applied(done.params, done.state, expected, inputs)
+    ops_cases.close(combine(done, isa), ops_cases.expected_combine(inputs), dtype, name="combine")
+    assert torch.equal(done.grads, before.grads)
+
+    both = inputs.clone()
+    gram_too, sigma_too = delayed(both, isa)
+    assert same_bits([gram_too, both.params, *both.state], [gram, done.params, *done.state])
+    assert sigma is None or (sigma_too is not None and torch.equal(sigma, sigma_too))
+
+
+def steps(n_tasks: int) -> list[int]:
+    """Every third task absent, the others at steps of their own."""
+    return [3 + i if i % 3 != 2 else 0 for i in range(n_tasks)]
+
+
+def weights(n_tasks: int) -> list[float]:
+    """Some zero, as a solver at its bounds gives them."""
+    return [0.0 if i % 4 == 1 else 0.5 + 0.1 * (i % 7) for i in range(n_tasks)]
+
+
+@rules
+@dtypes
+@pytest.mark.parametrize("n_tasks", TASKS)
+@pytest.mark.parametrize("clippy", [None, Clippy(0.3, 0.01)], ids=["plain", "clippy"])
+@pytest.mark.parametrize("adatask", [False, True], ids=["shared", "adatask"])
+def test_every_rule_and_modifier(
+    rule: Rule, dtype: torch.dtype, n_tasks: int, clippy: Clippy | None, adatask: bool
+) -> None:
+    check(
+        build(
+            Case(
+                rule,
+                n_tasks,
+                NUMEL,
+                dtype,
+                clippy=clippy,
+                adatask=adatask,
+                padding=7,
+                step=steps(n_tasks) if adatask else 7,
+                lr=0.2,
+                weight_decay=0.1,
+                weights=weights(n_tasks),
+            )
+        )
+    )
+
+
+@rules
+@dtypes
+@pytest.mark.parametrize("adatask", [False, True], ids=["shared", "adatask"])
+def test_instruction_sets(rule: Rule, dtype: torch.dtype, adatask: bool) -> None:
+    """Each is right; any two give the same bits but for v4 in float maths (csrc kernels.h)."""
+    inputs = build(
+        Case(rule, 5, NUMEL, dtype, clippy=Clippy(), adatask=adatask, lr=0.2, weight_decay=0.1)
+    )
+    expected = everything(inputs, BASELINE)
+    for isa in ISAS:
+        check(inputs, isa)
+        if isa != V4 or dtype == torch.float64:
+            assert same_bits(everything(inputs, isa), expected)
+
+
+@pytest.mark.parametrize("numel", [1, 2, 15, 16, 17, 31, 511, 512, 513, 4096, 4097])
+@dtypes
+def test_sizes_at_the_edges_of_vectors_and_blocks(numel: int, dtype: torch.dtype) -> None:
+    for adatask in (False, True):
+        check(build(Case(Adam(), 3, numel, dtype, adatask=adatask, padding=3, sizes=[numel])))
+
+
+@pytest.mark.parametrize("n_tasks", [*range(1, 18), 64, 70])
+def test_any_number_of_tasks(n_tasks: int) -> None:
+    check(build(Case(Adam(), n_tasks, 601)))
+
+
+@pytest.mark.parametrize("adatask", [False, True], ids=["shared", "adatask"])
+def test_many_small_tensors_and_empty_ones(adatask: bool) -> None:
+    sizes = [1, 0, 3, 16, 0, 1, 700, 5, *[9] * 300, 20_001, 2, 0]
+    check(
+        build(
+            Case(
+                RMSProp(),
+                3,
+                sum(sizes),
+                clippy=Clippy(),
+                adatask=adatask,
+                lr=0.5,
+                sizes=sizes,
+            )
+        )
+    )
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("clippy", [None, Clippy()], ids=["plain", "clippy"])
+@pytest.mark.parametrize("adatask", [False, True], ids=["shared", "adatask"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_same_bits_on_every_run_and_number_of_threads(
+    clippy: Clippy | None, adatask: bool, dtype: torch.dtype
+) -> None:
+    inputs = build(
+        Case(Adam(), 3, 200_003, dtype, clippy=clippy, adatask=adatask, lr=0.1, weight_decay=0.1)
+    )
+    check(inputs)
+    first = everything(inputs)
+    for _ in range(3):
+        assert same_bits(everything(inputs), first)
+    torch.set_num_threads(1)
+    assert same_bits(everything(inputs), first)
+    torch.set_num_threads(5)
+    assert same_bits(everything(inputs), first)
+
+
+def test_calls_from_several_python_threads() -> None:
+    cases = [build(Case(Adam(), n, 60_001, seed=n)) for n in (2, 3, 8)]
+    expected = [everything(inputs) for inputs in cases]
+    agreed: list[bool] = []
+
+    def work(number: int) -> None:
+        for _ in range(10):
+            agreed.append(same_bits(everything(cases[number]), expected[number]))
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(len(cases))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert agreed == [True] * 30
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_gram_of_a_million_coordinates_to_1e_8(isa: int) -> None:
+    """Correlations of float32 inputs; summing them in float32 would leave 1e-3."""
+    inputs = build(Case(Adam(), 3, 1_000_003))
+    gram, _ = search(inputs, isa)
+    expected, _ = ops_cases.expected_gram(inputs)
+
+    def correlation(g: Tensor) -> Tensor:
+        s = g.diagonal().rsqrt()
+        return s[:, None] * g * s
+
+    assert (correlation(gram) - correlation(expected)).abs().max() < 2e-8
+    torch.testing.assert_close(gram, expected, rtol=1e-6, atol=1e-2)
+
+
+def test_absent_tasks() -> None:
+    inputs = build(Case(Adam(), 3, NUMEL, clippy=Clippy(), adatask=True, step=[0, 0, 0], lr=0.5))
+    done = inputs.clone()
+    gram, sigma = search(done)
+    assert (gram == 0).all()
+    assert sigma is not None
+    assert (sigma == 1).all()
+    apply(done, sigma)
+    assert same_bits([done.params, *done.state], [inputs.params, *inputs.state])
+
+    lonely = build(Case(Adam(), 3, NUMEL, adatask=True, step=[0, 4, 0]))
+    check(lonely)
+    gram, _ = search(lonely)
+    assert gram[1, 1] > 0
+    assert gram.count_nonzero() == 1
+
+
+def test_no_weight_at_all_moves_the_moments_only() -> None:
+    inputs = build(Case(Adam(), 3, NUMEL, weights=[0.0] * 3, weight_decay=0.0))
+    check(inputs)
+    done = inputs.clone()
+    apply(done, None)
+    assert torch.equal(done.params, inputs.params)
+    assert not torch.equal(done.state[0], inputs.state[0])
+
+
+@pytest.mark.parametrize("step", [1, 2, 10**6, 10**9])
+def test_steps_from_first_to_very_late(step: int) -> None:
+    check(build(Case(Adam(), 3, NUMEL, step=step)))
+
+
+@dtypes
+@pytest.mark.parametrize("eps", [1.0, 1e-3, 1e-8, 1e-12, 1e-20, 1e-30])
+def test_small_and_large_eps(eps: float, dtype: torch.dtype) -> None:
+    """Down to where the estimates of v4 give way to exact roots."""
+    for rule in (Adam(eps=eps), AdaGrad(eps=eps), RMSProp(eps=eps)):
+        check(build(Case(rule, 2, NUMEL, dtype)))
+
+
+@rules
+def test_fresh_state(rule: Rule) -> None:
+    """The first step from zero moments, untouched coordinates included."""
+    inputs = build(Case(rule, 3, NUMEL, step=1))
+    for moments in inputs.state:
+        moments.zero_()
+    gram, _ = search(inputs)
+    ops_cases.close(gram, ops_cases.expected_gram(inputs), torch.float32, name="gram")
+    assert (gram.diagonal() > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6, 1e12])
+@rules
+def test_scales(rule: Rule, scale: float, dtype: torch.dtype) -> None:
+    check(build(Case(rule, 3, NUMEL, dtype, scale=scale, clippy=Clippy())))
+
+
+def test_no_update_leaves_clippy_at_one() -> None:
+    inputs = build(Case(Adam(), 2, NUMEL, clippy=Clippy()))
+    inputs.grads.zero_()
+    for moments in inputs.state:
+        moments.zero_()
+    gram, sigma = search(inputs)
+    assert sigma is not None
+    assert (sigma == 1).all()
+    assert (gram == 0).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@rules
+def test_denormal_gradients(rule: Rule, isa: int) -> None:
+    inputs = build(Case(rule, 2, NUMEL, scale=1e-42))
+    for moments in inputs.state:
+        moments.mul_(1e-42)
+    done = inputs.clone()
+    gram, _ = search(done, isa)
+    apply(done, None, isa)
+    assert gram.isfinite().all()
+    expected = ops_cases.expected_apply(inputs)
+    ops_cases.close(done.params, expected.params, torch.float32, name="params")
+    assert all(moments.isfinite().all() for moments in done.state)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rule", [Adam(), AdaGrad(), RMSProp(), RMSProp(momentum=0.9)])
+def test_squares_that_overflow_give_finite_updates(rule: Rule, isa: int) -> None:
+    """float32 squares of 1e25 are infinite: the update is finite, as torch's. (Centered rules
+    would subtract infinities, in torch too.)"""
+    inputs = build(Case(rule, 2, NUMEL))
+    inputs.grads[1, 5] = 1e25
+    gram, _ = search(inputs, isa)
+    assert gram.isfinite().all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", [0, NUMEL - 1])
+@dtypes
+def test_a_task_that_is_not_finite_shows_in_its_own_row(
+    bad: float, where: int, dtype: torch.dtype, isa: int
+) -> None:
+    for rule, clippy in [*((rule, None) for rule in RULES.values()), (Adam(), Clippy())]:
+        inputs = build(Case(rule, 3, NUMEL, dtype, clippy=clippy, weights=[1.0, 0.0, 1.0]))
+        inputs.grads[1, where] = bad
+        gram, sigma = search(inputs, isa)
+        finite = gram.isfinite()
+        assert not finite[1, 1]
+        assert finite[[0, 0, 2], [0, 2, 2]].all()
+        # Its weight is 0, so nothing of it reaches parameters or moments.
+        apply(inputs, sigma if sigma is None else sigma.nan_to_num(1.0), isa)
+        assert inputs.params.isfinite().all()
+        assert all(moments.isfinite().all() for moments in inputs.state)
+        assert combine(inputs, isa).isfinite().all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@dtypes
+def test_all_finite_finds_one_bad_element(bad: float, dtype: torch.dtype, isa: int) -> None:
+    for numel in (1, 17, 5003):
+        tensor = torch.full((numel,), torch.finfo(dtype).max, dtype=dtype)
+        tensor[::2] = torch.finfo(dtype).min
+        assert cpu.all_finite(tensor, isa=isa)
+        for where in {0, numel // 2, numel - 1}:
+            spoiled = tensor.clone()
+            spoiled[where] = bad
+            assert not cpu.all_finite(spoiled, isa=isa)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_all_finite_of_rows_and_large_tensors() -> None:
+    rows = torch.full((3, 50_007), torch.nan)[:, :50_000]
+    rows[:] = 1.0
+    assert cpu.all_finite(rows)
+    rows[2, -1] = torch.inf
+    assert not cpu.all_finite(rows)
+    assert cpu.all_finite(torch.empty(0))
+    assert cpu.all_finite(torch.ones(2, 3, 4))
+    with pytest.raises(ValueError, match="tensor must be contiguous"):
+        cpu.all_finite(torch.ones(4, 6).T)
+    with pytest.raises(ValueError, match=r"tensor must be a CPU tensor of float32.* got int64"):
+        cpu.all_finite(torch.ones(4, dtype=torch.int64))
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("offset", [0, 1])
+def test_combine_past_the_caches(offset: int) -> None:
+    """Large outputs are written past the caches where they are aligned."""
+    numel = 2**21 + 5
+    grads = torch.randn(2, numel)
+    a = torch.tensor([0.3, -2.0], dtype=torch.float64)
+    out = torch.full((numel + 1,), torch.nan)[offset : numel + offset]
+    cpu.combine(grads, a, out)
+    expected = a @ grads.double()
+    magnitude = a.abs() @ grads.double().abs()
+    ops_cases.close(out, (expected, magnitude), torch.float32)
+
+
+def test_dispatch() -> None:
+    assert ops.on(torch.device("cpu")) is cpu
+    with pytest.raises(ValueError, match="device must be one of cpu, cuda, got meta"):
+        ops.on(torch.device("meta"))
+
+
+Change = Callable[[dict[str, object]], None]
+
+
+def put(**values: object) -> Change:
+    return lambda arguments: arguments.update(values)
+
+
+WRONG = {
+    "grads_dtype": (put(grads=torch.ones(2, 64, dtype=torch.int32)), "grads must be .* got int32"),
+    "grads_dim": (put(grads=torch.ones(64)), r"grads must be a \(T, P\)"),
+    "grads_columns": (put(grads=torch.ones(64, 2).T), "grads must be .* contiguous rows"),
+    "grads_overlap": (put(grads=torch.ones(64).expand(2, 64)), "rows that do not overlap"),
+    "grads_meta": (put(grads=torch.ones(2, 64, device="meta")), "grads must be .* on meta"),
+    "no_tasks": (put(grads=torch.ones(0, 64)), "T >= 1"),
+    "state_count": (put(state=(torch.ones(64),)), r"state must hold 2 tensors \(exp_avg, "),
+    "state_dtype": (
+        put(state=(torch.ones(64), torch.ones(64).double())),
+        r"state\[1\] \(exp_avg_sq\) must be .* float32 .* got float64",
+    ),
+    "state_shape": (put(state=(torch.ones(63), torch.ones(64))), r"state\[0\] .*\(64,\), got"),
+    "state_mixed": (put(state=(torch.ones(2, 64), torch.ones(64))), r"state\[1\] .*\(2, 64\)"),
+    "step_zero": (put(step=0), "step must be an int >= 1 .* got 0"),
+    "step_sequence": (put(step=[1, 2]), r"step must be an int .* got \[1, 2\]"),
+    "step_int": (
+        put(state=(torch.ones(2, 64), torch.ones(2, 64))),
+        "step must be a sequence of 2 .* got 3",
+    ),
+    "step_negative": (
+        put(state=(torch.ones(2, 64), torch.ones(2, 64)), step=[1, -1]),
+        "step must be a sequence of 2 numbers >= 0",
+    ),
+    "params_dtype": (put(params=torch.ones(64).half()), "params must be .* float32 .* float16"),
+    "params_shape": (put(params=torch.ones(8, 8)), r"params must be .*\(64,\), got .*\(8, 8\)"),
+    "params_strided": (put(params=torch.ones(128)[::2]), "params must be a contiguous"),
+    "weights_dtype": (put(weights=torch.ones(2)), "weights must be a contiguous float64"),
+    "weights_shape": (put(weights=torch.ones(3).double()), r"weights must be .*\(2,\), got"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG.keys())
+@pytest.mark.parametrize("op", ["apply", "delayed"])
+def test_wrong_arguments_are_named(change: Change, message: str, op: str) -> None:
+    arguments: dict[str, object] = {
+        "rule": Adam(),
+        "step": 3,
+        "grads": torch.ones(2, 64),
+        "state": (torch.ones(64), torch.ones(64)),
+        "params": torch.ones(64),
+        "weights": torch.ones(2, dtype=torch.float64),
+        "lr": 0.1,
+    }
+    if op == "delayed":
+        arguments["gram"] = torch.ones(2, 2, dtype=torch.float64)
+    change(arguments)
+    with pytest.raises(ValueError, match=message):
+        getattr(cpu, op)(**arguments)
+
+
+SEGMENTS = torch.tensor([0, 60, 64])
+SIGMA = torch.ones(2, 2, dtype=torch.float64)
+WRONG_CLIPPY = {
+    "missing": ({}, "params, segments and sigma must be given with clippy"),
+    "segments_dtype": ({"segments": SEGMENTS.int()}, "segments must be a contiguous int64"),
+    "segments_end": ({"segments": SEGMENTS - 1}, "segments must rise from 0 to P = 64, got -1 to"),
+    "segments_fall": ({"segments": torch.tensor([0, 70, 64])}, "segments must rise .* not sorted"),
+    "sigma_shape": ({"sigma": torch.ones(2, 3).double()}, r"sigma must be .*\(2, 2\), got .* 3"),
+    "sigma_dtype": ({"sigma": torch.ones(2, 2)}, "sigma must be a contiguous float64"),
+    "params": ({"params": torch.ones(63)}, r"params must be .*\(64,\)"),
+    "gram": ({"gram": torch.ones(3, 3).double()}, r"gram must be .*\(2, 2\), got .*\(3, 3\)"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_CLIPPY.values(), ids=WRONG_CLIPPY.keys())
+def test_wrong_arguments_of_clippy_are_named(change: dict[str, Tensor], message: str) -> None:
+    arguments: dict[str, Tensor | None] = {
+        "params": torch.ones(64),
+        "segments": SEGMENTS,
+        "sigma": SIGMA,
+        "gram": torch.ones(2, 2, dtype=torch.float64),
+        **(change or {"sigma": None}),
+    }
+    gram = arguments.pop("gram")
+    state = torch.ones(64), torch.ones(64)
+    with pytest.raises(ValueError, match=message):
+        cpu.search(Adam(), 3, torch.ones(2, 64), state, gram, clippy=Clippy(), lr=0.1, **arguments)
+
+
+def test_sigma_wants_its_companions() -> None:
+    inputs = build(Case(Adam(), 2, 64, sizes=[64]))
+    sigma = torch.ones(2, 1, dtype=torch.float64)
+    head = inputs.rule, inputs.step, inputs.grads, inputs.state, inputs.params, inputs.weights
+    with pytest.raises(ValueError, match="segments must be given with sigma"):
+        cpu.apply(*head, 0.1, sigma=sigma)
+    with pytest.raises(ValueError, match="clippy must be given with sigma"):
+        cpu.delayed(*head, inputs.poisoned_gram(), 0.1, sigma=sigma)
+
+
+def test_combine_checks() -> None:
+    grads, a = torch.ones(2, 64), torch.ones(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"out must be a contiguous float32 CPU tensor of shape"):
+        cpu.combine(grads, a, torch.ones(64).double())
+    with pytest.raises(ValueError, match="weights must be"):
+        cpu.combine(grads, a.float(), torch.ones(64))
