@@ -249,11 +249,10 @@ def _table(results: Sequence[TrainResult]) -> str:
     return "\n".join(lines)
 
 
-FOOTNOTE = (
-    "* share of a step's time beyond what equal weighting pays: one forward, one backward of the\n"
-    "  summed loss and one step of torch's fused Adam, timed beside the same run; times a step are\n"
-    "  lower quartiles, total s is the sum of all steps"
-)
+FOOTNOTE = """\
+* share of a step beyond what equal weighting pays: one forward, one backward of the summed loss
+  and one step of torch's fused Adam, timed beside the same run; "ms a step" and this share are
+  of undisturbed steps (lower quartiles), "total s" is the sum of all steps"""
 
 
 def _environment() -> dict[str, Any]:

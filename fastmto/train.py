@@ -11,12 +11,12 @@ one step of torch's fused Adam. Balancing is everything else of a step, measured
 
 The plain figures come from probes: every `PROBE_EVERY` steps two plain steps are made beside the
 run, on copies of the parameters, and the second one is timed (the first brings caches to the state
-of a plain run); their time is counted nowhere else. All figures are lower quartiles: what a phase takes when
-nothing else disturbs it, because on a busy machine a few stalls outweigh hundreds of searches and
-even the median is one. They are taken apart for steps with one and with several backward passes
-and put together by their numbers; a step is the sum of its phases. The share may come out slightly
-below 0, by noise or where the optimizer's step is quicker than torch's. `Epoch.seconds` has the
-plain sum of all steps, stalls and all.
+of a plain run); their time is counted nowhere else. All figures are lower quartiles: what a phase
+takes when nothing else disturbs it, because on a busy machine a few stalls outweigh hundreds of
+searches and even the median can be one. They are taken apart for steps with one and with several
+backward passes and put together by their numbers; a step is the sum of its phases. The share may
+come out slightly below 0, by noise or where the optimizer's step is quicker than torch's.
+`Epoch.seconds` is the plain sum of all steps, stalls and all.
 """
 
 from __future__ import annotations
@@ -313,7 +313,9 @@ def _timing(steps: Steps, plain: bool) -> Timing:
 
     def typical(values: Floats) -> float:
         kinds = [values[several], values[~several]]
-        return sum(float(np.quantile(kind, 0.25)) * len(kind) for kind in kinds if len(kind)) / len(values)
+        return sum(float(np.quantile(kind, 0.25)) * len(kind) for kind in kinds if len(kind)) / len(
+            values
+        )
 
     phases = typical(forward), typical(backward), typical(update)
     if plain:
@@ -367,7 +369,7 @@ def train(
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     optimizer = make_balancer(model)
     summed = optimizer.optimizer if isinstance(optimizer, SummedLosses) else None
-    plain = isinstance(summed, torch.optim.Adam)
+    plain = isinstance(summed, torch.optim.Adam) and summed.defaults["fused"] is True
     probe = None if plain else _PlainProbe(model, data.tasks, synchronize)
     order = torch.Generator().manual_seed(seed)
 
