@@ -46,7 +46,7 @@ def bargaining(
     method: str = "exact",
     preference: Vector | None = None,
     warm_start: Vector | None = None,
-    tol: float = 1e-12,
+    tol: float = 1e-13,
     max_steps: int = 20,
     ridge: float = 0.0,
 ) -> Result[Any]:
@@ -108,8 +108,8 @@ def bargaining(
             residual    exact: max_i |a_i (G a)_i / p_i - 1|; ccp: largest relative change of a
                         weight in the last outer step.
             kappa       of the exact solution, in the units of the correlation matrix: a relative
-                        error e in the cosines is at most about kappa e in the weights. T for
-                        orthogonal updates, infinite at Pareto stationarity.
+                        error e in the cosines is at most about kappa e in the weights. 1 for
+                        equal updates, T for orthogonal ones, infinite at Pareto stationarity.
         The weights carry the inverse unit of the updates: ||sum_i a_i u_i||^2 = sum_i p_i (exact).
 
     Raises:

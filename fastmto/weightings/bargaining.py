@@ -41,7 +41,7 @@ class Bargaining(Weighting):
         self,
         method: str = "exact",
         preference: Sequence[float] | Tensor | None = None,
-        tol: float = 1e-12,
+        tol: float = 1e-13,
         max_steps: int = 20,
         ridge: float = 0.0,
         warm_start: bool = False,
@@ -110,7 +110,7 @@ class Bargaining(Weighting):
         options = [f"method={self.method!r}"]
         if self.preference is not None:
             options.append(f"preference={self.preference}")
-        for name, default in (("tol", 1e-12), ("max_steps", 20), ("ridge", 0.0)):
+        for name, default in (("tol", 1e-13), ("max_steps", 20), ("ridge", 0.0)):
             value = getattr(self, name)
             if value != default:
                 options.append(f"{name}={value!r}")
