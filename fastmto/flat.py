@@ -128,37 +128,32 @@ class FlatParameters(FlatLayout):
                 p.data = view
         self._pointers = [p.data_ptr() for p in self.parameters]
 
-    def check(self) -> None:
+    def check(self, label: str, *, grads: bool) -> None:
         """Refuse to go on when a parameter has left the buffer, been frozen, or has a `.grad`.
+
+        Args:
+            label: what the parameters are called in the message.
+            grads: whether `.grad` may be set.
 
         Raises:
             RuntimeError: naming the first such parameter and what to do.
         """
-        check_in_place("shared parameter", self.parameters, self._pointers)
-        for k, p in enumerate(self.parameters):
-            if p.grad is not None:
+        for p, pointer in zip(self.parameters, self._pointers, strict=True):
+            if p.data_ptr() == pointer and p.requires_grad and (grads or p.grad is None):
+                continue
+            named = f"a {label} of shape {tuple(p.shape)}"
+            if p.data_ptr() != pointer:
                 raise RuntimeError(
-                    f"shared parameter {k} of its group (shape {tuple(p.shape)}) has a .grad from "
-                    "another backward, which would be lost: make that loss a part of the tasks' "
-                    "losses, or call zero_grad()"
+                    f"{named} no longer lives in the optimizer's buffer: the model was moved or "
+                    "converted (.to, .half, p.data = ...) after the optimizer was built; do that "
+                    "first, then build the optimizer"
                 )
-
-
-def check_in_place(label: str, parameters: Sequence[Parameter], pointers: Sequence[int]) -> None:
-    """Refuse parameters that are no longer where, or what, they were.
-
-    Raises:
-        RuntimeError: a parameter's memory is not at its pointer, or it does not require grad.
-    """
-    for k, (p, pointer) in enumerate(zip(parameters, pointers, strict=True)):
-        if p.data_ptr() != pointer:
+            if not p.requires_grad:
+                raise RuntimeError(
+                    f"{named} does not require grad any more; to freeze parameters build a new "
+                    "optimizer without them"
+                )
             raise RuntimeError(
-                f"{label} {k} of its group (shape {tuple(p.shape)}) no longer lives where the "
-                "optimizer found it: the model was moved or converted (.to, .half, p.data = ...) "
-                "after the optimizer was built; do that first, then build the optimizer"
-            )
-        if not p.requires_grad:
-            raise RuntimeError(
-                f"{label} {k} of its group (shape {tuple(p.shape)}) does not require grad any "
-                "more; to freeze parameters build a new optimizer without them"
+                f"{named} has a .grad from another backward, which would be lost: make that loss "
+                "a part of the tasks' losses, or call zero_grad()"
             )

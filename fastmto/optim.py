@@ -9,6 +9,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch.nn import Parameter
 
 from . import ops
 from .errors import NonFiniteError, SolverError
-from .flat import FlatParameters, as_vector, check_in_place
+from .flat import FlatParameters
 from .groups import Parameters, TaskParameters, check_lr, param_groups
-from .plain import GroupRules, PlainSteps, check_state_names, state_dtype
+from .plain import GroupRules, check_state_names, state_dtype
 from .rules import Clippy, Rule, as_rule
 from .task_gradients import Losses, TaskGradients, as_list, first_nonfinite
 from .weightings import Bargaining, Weighting
@@ -100,24 +101,23 @@ class UpdateBalancer(torch.optim.Optimizer):
     def _build(self, n_tasks: int | None, names: list[str] | None) -> None:
         """Lay out buffers and state for the param groups as they stand, at step 0."""
         self._names = names
+        self._rules = GroupRules(self._rule)
         # Groups are held by number: load_state_dict puts new dicts in place of the old ones.
         self._shared: list[tuple[int, FlatParameters]] = []
-        self._heads: list[tuple[int, Parameter]] = []
+        self._heads: list[tuple[int, FlatParameters]] = []
+        owners: list[int | None] = []
         for number, group in enumerate(self.param_groups):
-            if group["task"] != "shared":
-                self._heads += [(number, p) for p in group["params"]]
-                continue
-            for dtype in dict.fromkeys(p.dtype for p in group["params"]):
-                members = [p for p in group["params"] if p.dtype == dtype]
-                self._shared.append((number, FlatParameters(members)))
+            self._rules(group)  # wrong hyperparameters are refused here, not in a step
+            for members in _buffers(group["params"], apart=group["task"] is None):
+                if group["task"] == "shared":
+                    self._shared.append((number, FlatParameters(members)))
+                else:
+                    self._heads.append((number, FlatParameters(members)))
+                    owners.append(group["task"])
+        self._owners = owners
         self._numel = sum(flat.numel for _, flat in self._shared)
         self._device = self._shared[0][1].device
         self._ops = ops.on(self._device)
-        self._rules = GroupRules(self._rule)
-        for group in self.param_groups:
-            self._rules(group)  # wrong hyperparameters are refused here, not in a step
-        self._pointers = [p.data_ptr() for _, p in self._heads]
-        self._plain = PlainSteps(self._ops, self._settings["clippy"], self._device)
         self._steps = 0
         self._found = False  # whether any search has found weights
         self._pending: str | None = None  # None, "per_task", "weighted" or "refused"
@@ -134,31 +134,32 @@ class UpdateBalancer(torch.optim.Optimizer):
 
     def _set_tasks(self, n_tasks: int) -> TaskGradients:
         """Allocate what depends on T: gradients, moments, weights."""
-        owners = [self.param_groups[number]["task"] for number, _ in self._heads]
         self.gradients = TaskGradients(
-            [flat for _, flat in self._shared], [p for _, p in self._heads], owners, n_tasks
+            [flat for _, flat in self._shared],
+            [flat for _, flat in self._heads],
+            self._owners,
+            n_tasks,
         )
         self.weights = torch.ones(n_tasks, dtype=torch.float64)
         self._applied = torch.ones(n_tasks, dtype=torch.float64, device=self._device)
         self._one = torch.ones(1, dtype=torch.float64, device=self._device)
         self._task_steps = [0] * n_tasks  # steps each task took part in
+        self._head_steps = [0] * len(self._heads)
+        adatask = self._settings["adatask"]
         self._buffers = [
-            Buffer(
-                number,
-                flat,
-                grads,
-                self._rules(self.param_groups[number]),
-                n_tasks,
-                adatask=self._settings["adatask"],
-            )
+            Buffer(number, flat, grads, self._rules(self.param_groups[number]), adatask=adatask)
             for (number, flat), grads in zip(self._shared, self.gradients.rows, strict=True)
+        ]
+        self._head_buffers = [
+            Buffer(number, flat, grads, self._rules(self.param_groups[number]))
+            for (number, flat), grads in zip(self._heads, self.gradients.head_rows, strict=True)
         ]
         self._bind_state()
         return self.gradients
 
     def _bind_state(self) -> None:
-        """Show every shared parameter's piece of the moments in `self.state`, torch's way."""
-        for buffer in self._buffers:
+        """Show every parameter's piece of the moments in `self.state`, torch's way."""
+        for buffer in (*self._buffers, *self._head_buffers):
             for p, state in zip(buffer.flat.parameters, buffer.state_views(), strict=True):
                 self.state[p].update(state)
 
@@ -195,8 +196,9 @@ class UpdateBalancer(torch.optim.Optimizer):
         """
         values, names = as_list(losses, self.n_tasks, self._names)
         for _, flat in self._shared:
-            flat.check()
-        check_in_place("task parameter", [p for _, p in self._heads], self._pointers)
+            flat.check("shared parameter", grads=False)
+        for _, flat in self._heads:
+            flat.check("task parameter", grads=True)
         gradients = self.gradients or self._set_tasks(len(values))
         self._names = names
         if self._pending == "refused":
@@ -229,8 +231,11 @@ class UpdateBalancer(torch.optim.Optimizer):
                 f"no task of the first step reaches shared_parameters {missed}: unused, or hidden "
                 "by a checkpoint (which needs use_reentrant=False); their gradient is zero"
             )
-        for (_, p), grad in zip(self._heads, gradients.head_grads, strict=True):
-            p.grad = grad
+        for (_, flat), views, filled in zip(
+            self._heads, gradients.head_views, gradients.filled, strict=True
+        ):
+            for p, view in zip(flat.parameters, views, strict=True):
+                p.grad = view if filled else None
         self._pending = pending
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -274,82 +279,45 @@ class UpdateBalancer(torch.optim.Optimizer):
         if pending == "refused":
             return result
         assert self.gradients is not None
-        rules = [self._rules(group) for group in self.param_groups]
-        for buffer in self._buffers:
-            check_state_names(rules[buffer.number], buffer.state_names)
         reached = any(self.gradients.touched)
         searches = reached and pending == "per_task" and self._searches()
         # Before the first weights are found there are none to go by.
         delayed = searches and self._settings["delayed"] and self._found
-        looks = (searches or self._settings["clippy"] is not None) and not delayed
         rows = 1 if pending == "weighted" else len(self._task_steps)
-        if looks:
-            self._search(rules, rows)
-        if not self._finite(rows, looks):
+        step, filled = self._op_step(), self.gradients.filled
+        shared = [self._pass(b, step, rows) for b in self._buffers] if reached else []
+        heads = [
+            self._pass(buffer, steps + 1, 1)
+            for buffer, steps, on in zip(self._head_buffers, self._head_steps, filled, strict=True)
+            if on
+        ]
+        if (searches and not delayed) or self._settings["clippy"] is not None:
+            for one in shared:
+                one.search()
+        if self._settings["clippy"] is not None:
+            for one in heads:
+                one.search()
+        if not all(one.finite() for one in (*shared, *heads)):
             self._refuse("a gradient is not finite")
             return result
         if searches and not delayed:
             self._balance()
-        if reached:
-            weights = self._one if pending == "weighted" else self._joint_weights()
-            self._apply(rules, rows, weights, delayed)
-        self._step_heads(rules)
+        weights = self._one if pending == "weighted" else self._joint_weights()
+        for one in shared:
+            one.delayed(weights) if delayed else one.apply(weights)
+        for one in heads:
+            one.apply(self._one)
         self._count(searches)
         if delayed:
             self._balance()
         return result
 
-    def _search(self, rules: Sequence[Rule], rows: int) -> None:
-        """The Gram of the updates, and Clippy's factors, of every buffer."""
-        for buffer in self._buffers:
-            self._ops.search(
-                rules[buffer.number],
-                self._op_step(),
-                buffer.grads[:rows],
-                buffer.state,
-                buffer.gram(rows),
-                clippy=self._settings["clippy"],
-                params=buffer.flat.data,
-                lr=float(self.param_groups[buffer.number]["lr"]),
-                segments=buffer.flat.segments,
-                sigma=buffer.sigma[:rows],
-            )
-
-    def _apply(self, rules: Sequence[Rule], rows: int, weights: Tensor, delayed: bool) -> None:
-        """Move shared parameters, then moments; a delayed pass takes the new Gram as well."""
-        clippy = self._settings["clippy"]
-        for buffer in self._buffers:
-            group = self.param_groups[buffer.number]
-            arguments = (
-                rules[buffer.number],
-                self._op_step(),
-                buffer.grads[:rows],
-                buffer.state,
-                buffer.flat.data,
-                weights,
-            )
-            rates = float(group["lr"]), float(group["weight_decay"])
-            segments = buffer.flat.segments
-            sigma = buffer.sigma[:rows] if clippy else None
-            if delayed:
-                gram = buffer.gram(rows)
-                self._ops.delayed(
-                    *arguments, gram, *rates, clippy=clippy, segments=segments, sigma=sigma
-                )
-            else:
-                self._ops.apply(*arguments, *rates, segments=segments, sigma=sigma)
-            # The kernels write behind autograd's back: an older graph must not be used any more.
-            torch.autograd.graph.increment_version(buffer.flat.parameters)
-
-    def _step_heads(self, rules: Sequence[Rule]) -> None:
-        """The plain rule on the heads of the tasks that took part."""
-        moved = []
-        for number, p in self._heads:
-            if p.grad is not None:
-                group = self.param_groups[number]
-                self._plain.step(rules[number], group, p, p.grad, self.state[p])
-                moved.append(p)
-        torch.autograd.graph.increment_version(moved)
+    def _pass(self, buffer: Buffer, step: ops.Steps, rows: int) -> Pass:
+        group = self.param_groups[buffer.number]
+        rule = self._rules(group)
+        check_state_names(rule, buffer.state_names)
+        rates = float(group["lr"]), float(group["weight_decay"])
+        return Pass(self._ops, buffer, rule, step, rows, *rates, self._settings["clippy"])
 
     def _op_step(self) -> ops.Steps:
         if not self._settings["adatask"]:
@@ -364,15 +332,6 @@ class UpdateBalancer(torch.optim.Optimizer):
         assert self.weights is not None
         active = torch.tensor(self.gradients.touched)
         return self._applied.copy_(torch.where(active, self.weights, 0.0))
-
-    def _finite(self, rows: int, looked: bool) -> bool:
-        """Whether every gradient of this step is finite; a Gram's diagonal tells of its rows."""
-        heads = [as_vector(p.grad) for _, p in self._heads if p.grad is not None]
-        if not all(self._ops.all_finite(grad) for grad in heads):
-            return False
-        if looked:
-            return all(bool(b.gram(rows).diagonal().isfinite().all()) for b in self._buffers)
-        return all(self._ops.all_finite(b.grads[:rows]) for b in self._buffers)
 
     def _balance(self) -> None:
         """New weights for the tasks that took part, or the old ones where there are none."""
@@ -432,6 +391,8 @@ class UpdateBalancer(torch.optim.Optimizer):
         active = self.gradients.touched
         self._steps += 1
         self._task_steps = [n + on for n, on in zip(self._task_steps, active, strict=True)]
+        filled = self.gradients.filled
+        self._head_steps = [n + on for n, on in zip(self._head_steps, filled, strict=True)]
         self.stats["steps"] += 1
         self.stats["searches"] += searched
         self.stats["absent"] += self.gradients.present.count(False)
@@ -477,6 +438,7 @@ class UpdateBalancer(torch.optim.Optimizer):
                 "stats": dict(self.stats),
                 "weighting": weighting.state_dict() if isinstance(weighting, Weighting) else None,
                 "task_steps": None if gradients is None else list(self._task_steps),
+                "head_steps": None if gradients is None else list(self._head_steps),
                 "owners": None if gradients is None else list(gradients.owners),
                 "inspected": None if gradients is None else list(gradients.inspected),
                 "reaches": None if gradients is None else list(gradients.reaches),
@@ -518,16 +480,13 @@ class UpdateBalancer(torch.optim.Optimizer):
         gradients.reaches = list(saved["reaches"])
         gradients.reached = list(saved["reached"])
         self._bind_state()
-        shared = {p for b in self._buffers for p in b.flat.parameters}
         for p, state in entries:
-            if p in shared:
-                for name, value in state.items():
-                    self.state[p][name].copy_(value)
-            else:
-                self.state[p] = self._plain.adopt(p, state)
+            for name, value in state.items():
+                self.state[p][name].copy_(value)
         self._steps = saved["steps"]
         self._found = saved["found"]
         self._task_steps = list(saved["task_steps"])
+        self._head_steps = list(saved["head_steps"])
         self._names = names
         self.weights = saved["weights"].clone()
         self.gram = saved["gram"]
@@ -557,7 +516,7 @@ class UpdateBalancer(torch.optim.Optimizer):
             for key, p in zip(saved["params"], group["params"], strict=True):
                 state = state_dict["state"].get(key, {})
                 shape = (n_tasks, *p.shape) if stacked else tuple(p.shape)
-                got = {k: tuple(v.shape) for k, v in state.items() if k != "step"}
+                got = {k: tuple(v.shape) for k, v in state.items()}
                 expected = dict.fromkeys(rule.state_names, shape)
                 if state and got != expected:
                     raise ValueError(
@@ -599,7 +558,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         buffers = len(self._shared)
         return (
             f"{type(self).__name__}(tasks={self.n_tasks}, shared={self._numel} parameters in "
-            f"{buffers} buffer{'s' * (buffers != 1)}, heads={len(self._heads)} tensors, "
+            f"{buffers} buffer{'s' * (buffers != 1)}, heads={len(self._heads)} buffers, "
             f"rule={self._rule}, "
             + ", ".join(f"{k}={v!r}" for k, v in settings.items())
             + ")\n"
@@ -608,7 +567,15 @@ class UpdateBalancer(torch.optim.Optimizer):
 
 
 class Buffer:
-    """Everything of one flat buffer of shared parameters that the passes touch."""
+    """A flat buffer of parameters with everything the passes over it touch.
+
+    Args:
+        number: of the param group.
+        flat: the parameters.
+        grads: (T, P); T = 1 for a head.
+        rule: says which moments there are.
+        adatask: every row keeps its own moments.
+    """
 
     def __init__(
         self,
@@ -616,18 +583,17 @@ class Buffer:
         flat: FlatParameters,
         grads: Tensor,
         rule: Rule,
-        n_tasks: int,
         *,
-        adatask: bool,
+        adatask: bool = False,
     ) -> None:
-        self.number = number  # of the param group
+        self.number = number
         self.flat = flat
-        self.grads = grads  # (T, P)
+        self.grads = grads
         self.state_names = rule.state_names
-        rows = n_tasks if adatask else 1
+        n_tasks = len(grads)
         self._adatask = adatask
         self._moments = {
-            name: flat.rows(rows, state_dtype(flat.dtype), rule.initial(name))
+            name: flat.rows(n_tasks if adatask else 1, state_dtype(flat.dtype), rule.initial(name))
             for name in rule.state_names
         }
         #: The moments as the ops take them: (P,), or (T, P) with adatask.
@@ -648,6 +614,88 @@ class Buffer:
             for name, m in self._moments.items()
         }
         return [dict(zip(views, each, strict=True)) for each in zip(*views.values(), strict=True)]
+
+
+@dataclass
+class Pass:
+    """The passes of one step over one buffer: its first `rows` rows of gradients."""
+
+    backend: ops.Backend
+    buffer: Buffer
+    rule: Rule
+    step: ops.Steps
+    rows: int
+    lr: float
+    weight_decay: float
+    clippy: Clippy | None
+    searched: bool = False
+
+    def search(self) -> None:
+        """The Gram of the updates into the buffer's, and Clippy's factors."""
+        buffer = self.buffer
+        self.backend.search(
+            self.rule,
+            self.step,
+            buffer.grads[: self.rows],
+            buffer.state,
+            buffer.gram(self.rows),
+            clippy=self.clippy,
+            params=buffer.flat.data,
+            lr=self.lr,
+            segments=buffer.flat.segments,
+            sigma=buffer.sigma[: self.rows],
+        )
+        self.searched = True
+
+    def finite(self) -> bool:
+        """Whether the gradients are finite; after a search the Gram's diagonal tells."""
+        if self.searched:
+            return bool(self.buffer.gram(self.rows).diagonal().isfinite().all())
+        return self.backend.all_finite(self.buffer.grads[: self.rows])
+
+    def apply(self, weights: Tensor) -> None:
+        """Move the parameters, then the moments."""
+        buffer = self.buffer
+        self.backend.apply(
+            self.rule,
+            self.step,
+            buffer.grads[: self.rows],
+            buffer.state,
+            buffer.flat.data,
+            weights,
+            self.lr,
+            self.weight_decay,
+            segments=buffer.flat.segments,
+            sigma=None if self.clippy is None else buffer.sigma[: self.rows],
+        )
+        # The kernels write behind autograd's back: an older graph must not be used any more.
+        torch.autograd.graph.increment_version(buffer.flat.parameters)
+
+    def delayed(self, weights: Tensor) -> None:
+        """`apply` and `search` in one pass."""
+        buffer = self.buffer
+        self.backend.delayed(
+            self.rule,
+            self.step,
+            buffer.grads[: self.rows],
+            buffer.state,
+            buffer.flat.data,
+            weights,
+            buffer.gram(self.rows),
+            self.lr,
+            self.weight_decay,
+            clippy=self.clippy,
+            segments=buffer.flat.segments,
+            sigma=None if self.clippy is None else buffer.sigma[: self.rows],
+        )
+        torch.autograd.graph.increment_version(buffer.flat.parameters)
+
+
+def _buffers(members: Sequence[Parameter], *, apart: bool) -> list[list[Parameter]]:
+    """What goes into one buffer each: a dtype, or, `apart`, a parameter."""
+    if apart:
+        return [[p] for p in members]
+    return [[p for p in members if p.dtype == t] for t in dict.fromkeys(p.dtype for p in members)]
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:

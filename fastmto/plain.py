@@ -1,4 +1,4 @@
-"""The plain rule on single parameters: task-specific ones in every balancer, all in ClippyAdam."""
+"""A rule with a param group's hyperparameters, and the plain rule on single parameters."""
 
 from __future__ import annotations
 
@@ -105,16 +105,6 @@ class PlainSteps:
             )
         decay = float(group["weight_decay"])
         self._ops.apply(*arguments, vector, self._one, lr, decay, segments=segments, sigma=sigma)
-
-    def adopt(self, p: Parameter, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """A saved state of `p` as `step` wants it: own memory, laid out like `p`."""
-        state: dict[str, Any] = {}
-        for name, value in saved.items():
-            if name == "step":
-                state[name] = int(value)
-            else:
-                state[name] = torch.empty_like(p, dtype=state_dtype(p.dtype)).copy_(value)
-        return state
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

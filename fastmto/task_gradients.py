@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from .flat import FlatLayout
 
@@ -83,27 +82,29 @@ def first_nonfinite(losses: Sequence[Tensor | None]) -> int | None:
     return None
 
 
-HeadGrads = dict[int, Tensor | None]
+#: Gradients of one backward on heads: number of the layout -> one entry a parameter.
+HeadGrads = dict[int, Sequence[Tensor | None]]
 
 
 class TaskGradients:
-    """The gradients of one step: T rows over the shared parameters and one over the heads.
+    """The gradients of one step: T rows over the shared parameters, one row a head.
 
     Every backward pass of a balancer goes through here. Filled by `per_task` or `weighted`
     (again, before `clear`: gradients add up), read by the optimizer, forgotten by `clear`.
 
     Args:
         layouts: of the shared parameters, one a param group and dtype.
-        heads: the task-specific parameters.
+        heads: layouts of task-specific parameters, each of one task.
         owners: the task each head belongs to. None is found out at the first own backward of a
-            task that moves the head; until then its gradient is zero and it is left alone. Given
-            owners are checked at the tasks' first backward.
+            task that moves the head; until then it is left alone. Given owners are checked at
+            the tasks' first backward.
         n_tasks: T.
 
     Attributes:
         rows: per-task gradients, one buffer (T, P) a layout. After `weighted`, row 0 holds the
             joint gradient.
-        head_grads: gradient of every head, laid out like it; None where its task took no part.
+        head_rows: the heads' own gradients, one buffer (1, P) a head.
+        filled: whether each head has a gradient.
         present: whether each task took part.
         touched: whether each task reached the shared parameters.
         reached: whether each shared parameter was ever reached by a task.
@@ -113,28 +114,31 @@ class TaskGradients:
     def __init__(
         self,
         layouts: Sequence[FlatLayout],
-        heads: Sequence[Parameter],
+        heads: Sequence[FlatLayout],
         owners: Sequence[int | None],
         n_tasks: int,
     ) -> None:
         self.rows = [layout.rows(n_tasks) for layout in layouts]
+        self.head_rows = [head.rows(1) for head in heads]
         self.owners = list(owners)
         self.inspected = [False] * n_tasks
         self.reaches = [True] * n_tasks  # whether a task's last own backward reached the rows
         self.backwards = 0
-        self._heads = list(heads)
-        self._own = [torch.zeros_like(p, requires_grad=False) for p in heads]
         self._shared = [p for layout in layouts for p in layout.parameters]
+        self._heads = [head.parameters for head in heads]
         self.reached = [False] * len(self._shared)
-        dtypes = {p.dtype for p in (*self._shared, *heads)}
+        dtypes = {layout.dtype for layout in (*layouts, *heads)}
         self._floor = max(SMALLEST_WEIGHT.get(d, SMALLEST_WEIGHT_ELSE) for d in dtypes)
-        self._views: list[list[Tensor]] = [
+        self._views = [
             [
                 view
                 for rows, layout in zip(self.rows, layouts, strict=True)
                 for view in layout.views(rows[i])
             ]
             for i in range(n_tasks)
+        ]
+        self.head_views = [
+            head.views(rows[0]) for head, rows in zip(heads, self.head_rows, strict=True)
         ]
         self.clear()
 
@@ -143,7 +147,7 @@ class TaskGradients:
         self._empty = True
         self.present = [False] * len(self.inspected)
         self.touched = [False] * len(self.inspected)
-        self.head_grads: list[Tensor | None] = [None] * len(self._heads)
+        self.filled = [False] * len(self._heads)
 
     def per_task(self, losses: Sequence[Tensor | None]) -> None:
         """One backward a present task, each into its own row; absent tasks' rows are zero."""
@@ -172,10 +176,10 @@ class TaskGradients:
             heads = [h for h, owner in enumerate(self.owners) if owner in joint]
             grads, head_grads = self._backward(total, heads, retain=bool(apart))
             self._take(list(joint), grads, row=0, add=add)
-            for h, grad in head_grads.items():
+            for h, own in head_grads.items():
                 owner = self.owners[h]
                 assert owner is not None
-                self._accumulate(h, grad, 1 / weights[owner])
+                self._take_head(h, own, 1 / weights[owner])
         elif not add:
             _write(self._views[0], [None] * len(self._shared), add=False)
         fresh: list[tuple[int, HeadGrads]] = []
@@ -200,26 +204,29 @@ class TaskGradients:
             return [(i, head_grads)]
         for h in heads:
             if self.owners[h] == i:
-                self._accumulate(h, head_grads.pop(h))
+                self._take_head(h, head_grads.pop(h))
         return [(i, head_grads)] if head_grads else []
 
     def _backward(
         self, loss: Tensor, heads: Sequence[int], *, retain: bool
     ) -> tuple[Sequence[Tensor | None], HeadGrads]:
         """d loss / d shared and d loss / d heads; None where the loss does not reach."""
-        inputs = self._shared + [self._heads[h] for h in heads]
+        inputs = [*self._shared, *(p for h in heads for p in self._heads[h])]
         grads = torch.autograd.grad(loss, inputs, retain_graph=retain, allow_unused=True)
         self.backwards += 1
-        for k, grad in enumerate(grads):
+        for k, (p, grad) in enumerate(zip(inputs, grads, strict=True)):
             if grad is not None and grad.layout is not torch.strided:
-                n = len(self._shared)
-                label = f"shared_parameters[{k}]" if k < n else f"task parameter {heads[k - n]}"
+                kind = f"shared parameter {k}" if k < len(self._shared) else "a task parameter"
                 raise RuntimeError(
-                    f"{label} has a sparse gradient ({grad.layout}); per-task gradients must be "
-                    "dense: build the embedding with sparse=False"
+                    f"{kind} (shape {tuple(p.shape)}) has a sparse gradient ({grad.layout}); "
+                    "per-task gradients must be dense: build the embedding with sparse=False"
                 )
-        n = len(self._shared)
-        return grads[:n], dict(zip(heads, grads[n:], strict=True))
+        start = len(self._shared)
+        head_grads: HeadGrads = {}
+        for h in heads:
+            head_grads[h] = grads[start : start + len(self._heads[h])]
+            start += len(self._heads[h])
+        return grads[: len(self._shared)], head_grads
 
     def _take(
         self,
@@ -237,41 +244,46 @@ class TaskGradients:
             self.present[i] = True
             self.touched[i] |= any(hits) and (self.reaches[i] or len(tasks) == 1)
 
-    def _accumulate(self, h: int, grad: Tensor | None, factor: float = 1.0) -> None:
-        """Take `factor` times a head's gradient into memory of our own, laid out like the head."""
-        if grad is None:
+    def _take_head(self, h: int, grads: Sequence[Tensor | None], factor: float = 1.0) -> None:
+        """Take `factor` times a head's gradients; a head out of reach keeps none."""
+        if all(grad is None for grad in grads):
             return
-        own = self._own[h]
-        if self.head_grads[h] is None:
-            torch.mul(grad, factor, out=own)
-            self.head_grads[h] = own
-        else:
-            own.add_(grad, alpha=factor)
+        _write(self.head_views[h], grads, add=self.filled[h], weight=factor)
+        if factor != 1.0 and not self.filled[h]:
+            self.head_rows[h].mul_(factor)
+        self.filled[h] = True
 
     def _settle_owners(self, fresh: Sequence[tuple[int, HeadGrads]]) -> None:
         """Find or check the owner of every head in `fresh`, then take the gradients."""
         if not fresh:
             return
         owners = list(self.owners)
-        for h, p in enumerate(self._heads):
-            reached = [(i, g) for i, grads in fresh if (g := grads.get(h)) is not None]
-            moved = [i for i, g in reached if bool(g.any())]
+        for h, members in enumerate(self._heads):
+            reached, moved = [], []
+            for i, head_grads in fresh:
+                grads = [g for g in head_grads.get(h, ()) if g is not None]
+                if grads:
+                    reached.append(i)
+                if any(bool(g.any()) for g in grads):
+                    moved.append(i)
             if owners[h] is None:
                 # Reached with zeros only (a stack of losses connects everything): wait and see.
-                owners[h] = moved[0] if moved else reached[0][0] if len(reached) == 1 else None
-            strangers = [i for i in moved if i != owners[h]]
-            if strangers:
+                owners[h] = moved[0] if moved else reached[0] if len(reached) == 1 else None
+            owner = owners[h]
+            strangers = [i for i in moved if i != owner]
+            if strangers and owner is not None:
                 raise ValueError(
-                    f"task_parameters: parameter {h} (shape {tuple(p.shape)}) must belong to one "
-                    f"task, but tasks {sorted({i for i in (*strangers, owners[h]) if i is not None})} have gradients on it; "
-                    "list it in shared_parameters"
+                    f"task_parameters must belong to one task each, but tasks "
+                    f"{sorted({owner, *strangers})} have gradients on a head of shapes "
+                    f"{[tuple(p.shape) for p in members]}; list what they share in "
+                    "shared_parameters"
                 )
         self.owners = owners
-        for i, grads in fresh:
+        for i, head_grads in fresh:
             self.inspected[i] = True
-            for h, grad in grads.items():
+            for h, own in head_grads.items():
                 if owners[h] == i:
-                    self._accumulate(h, grad)
+                    self._take_head(h, own)
 
 
 def _write(

@@ -9,18 +9,22 @@ from fastmto.flat import FlatLayout
 from fastmto.task_gradients import TaskGradients, as_list, first_nonfinite
 
 
-def build(owners: list[int | None] | None = None, n_tasks: int = 2):
+def build(owners: str = "given", n_tasks: int = 2):
     model = net(n_tasks=n_tasks)
-    heads = [p for hs in model.head_parameters() for p in hs]
-    if owners is None:
-        owners = [i for i, hs in enumerate(model.head_parameters()) for _ in hs]
+    if owners == "given":
+        heads = [FlatLayout(hs) for hs in model.head_parameters()]
+        numbers: list[int | None] = list(range(n_tasks))
+    else:
+        heads = [FlatLayout([p]) for hs in model.head_parameters() for p in hs]
+        numbers = [None] * len(heads)
     layout = FlatLayout(list(model.trunk.parameters()))
-    return model, layout, TaskGradients([layout], heads, owners, n_tasks)
+    return model, layout, TaskGradients([layout], heads, numbers, n_tasks)
 
 
 def head_grad(gradients, model, p):
     heads = [q for hs in model.head_parameters() for q in hs]
-    return gradients.head_grads[next(h for h, q in enumerate(heads) if q is p)]
+    views = [view for head in gradients.head_views for view in head]
+    return next(view for view, q in zip(views, heads, strict=True) if q is p)
 
 
 def expected(model, x, i):
@@ -42,12 +46,12 @@ def check_rows(model, layout, gradients, xs, weights=None) -> None:
 
 @pytest.mark.parametrize("owners", ["given", "found"])
 def test_rows_and_heads_hold_each_tasks_own_gradient(owners: str) -> None:
-    model, layout, gradients = build(None if owners == "given" else [None] * 4)
+    model, layout, gradients = build(owners)
     for seed in (1, 2):  # the second time owners are known
         gradients.clear()
         gradients.per_task(model.losses(batch(seed)))
         check_rows(model, layout, gradients, [batch(seed)])
-    assert gradients.owners == [0, 0, 1, 1]
+    assert gradients.owners == ([0, 1] if owners == "given" else [0, 0, 1, 1])
     assert gradients.backwards == 4
 
 
@@ -110,7 +114,7 @@ def test_weighted_is_the_joint_gradient_and_heads_get_their_own_back(weights) ->
 
 
 def test_weighted_before_any_other_backward_still_finds_the_owners() -> None:
-    model, layout, gradients = build([None] * 4)
+    model, layout, gradients = build("found")
     gradients.weighted(model.losses(batch(1)), [0.5, 2.0])
     assert gradients.owners == [0, 0, 1, 1]
     joint = [
@@ -137,13 +141,13 @@ def test_a_task_that_does_not_reach_the_trunk_has_a_zero_row_and_a_trained_head(
 
 
 def test_stacked_losses_whose_graphs_touch_every_head_still_find_owners() -> None:
-    model, _, gradients = build([None] * 4)
+    model, _, gradients = build("found")
     gradients.per_task(list(torch.stack(model.losses(batch(1))).unbind()))
     assert gradients.owners == [0, 0, 1, 1]
 
 
 def test_a_zero_initialised_head_belongs_to_the_only_task_that_reaches_it() -> None:
-    model, _, gradients = build([None] * 4)
+    model, _, gradients = build("found")
     for head in model.heads:
         nn.init.zeros_(head.weight)
     gradients.per_task([(0 * loss).sum() for loss in model.losses(batch(1))])
@@ -154,39 +158,41 @@ def test_a_head_that_two_tasks_train_is_refused_and_nothing_is_settled() -> None
     model, _, gradients = build()
     losses = model.losses(batch(1))
     losses[1] = losses[1] + model.heads[0].weight.sum()
-    with pytest.raises(ValueError, match=r"parameter 0 .*one task.*\[0, 1\].*shared_parameters"):
+    with pytest.raises(ValueError, match=r"one task each.*\[0, 1\].*\(1, 8\).*shared_parameters"):
         gradients.per_task(losses)
     assert gradients.inspected == [False, False]
 
 
 def test_a_head_reached_with_zeros_only_waits_for_its_owner() -> None:
-    model, _, gradients = build([None] * 4)
+    model, _, gradients = build("found")
     gradients.per_task([0 * loss for loss in torch.stack(model.losses(batch(1))).unbind()])
     assert gradients.owners == [None] * 4
     gradients.clear()
     gradients.per_task(list(torch.stack(model.losses(batch(1))).unbind()))
     assert gradients.owners == [0, 0, 1, 1]
-    assert all(g is not None for g in gradients.head_grads)
+    assert gradients.filled == [True] * 4
 
 
 def test_a_head_that_joins_later_is_found() -> None:
-    model, _, gradients = build([None] * 4)
+    model, _, gradients = build("found")
     heads = [p for hs in model.head_parameters() for p in hs]
     gradients.per_task([model.losses(batch(1))[0], model.trunk[0].weight.sum()])
     assert gradients.owners == [0, 0, None, None]
     gradients.clear()
     gradients.per_task(model.losses(batch(1)))
     assert gradients.owners == [0, 0, 1, 1]
-    torch.testing.assert_close(gradients.head_grads[2], expected(model, batch(1), 1)[1][0])
+    torch.testing.assert_close(
+        head_grad(gradients, model, heads[2]), expected(model, batch(1), 1)[1][0]
+    )
     assert len(heads) == 4
 
 
 def test_head_gradients_have_their_own_memory() -> None:
     """Autograd hands out one tensor for both operands of a sum."""
     trunk, a, b = (nn.Parameter(torch.ones(3)) for _ in range(3))
-    gradients = TaskGradients([FlatLayout([trunk])], [a, b], [0, 0], 1)
+    gradients = TaskGradients([FlatLayout([trunk])], [FlatLayout([a, b])], [0], 1)
     gradients.per_task([((trunk + a + b) * 2).sum()])
-    first, second = gradients.head_grads
+    first, second = gradients.head_views[0]
     assert first.data_ptr() != second.data_ptr()
     first.zero_()
     assert torch.equal(second, torch.full((3,), 2.0))
@@ -195,7 +201,9 @@ def test_head_gradients_have_their_own_memory() -> None:
 def test_sparse_gradients_are_refused_by_name() -> None:
     table = nn.Embedding(5, 3, sparse=True)
     gradients = TaskGradients([FlatLayout([table.weight])], [], [], 1)
-    with pytest.raises(RuntimeError, match=r"shared_parameters\[0\].*sparse=False"):
+    with pytest.raises(
+        RuntimeError, match=r"shared parameter 0 \(shape \(5, 3\)\) has a sparse.*sparse=False"
+    ):
         gradients.per_task([table(torch.tensor([1, 2])).sum()])
 
 
