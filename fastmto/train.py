@@ -312,10 +312,8 @@ def _timing(steps: Steps, plain: bool) -> Timing:
     several = steps.backwards[warm] > 1
 
     def typical(values: Floats) -> float:
-        kinds = [values[several], values[~several]]
-        return sum(float(np.quantile(kind, 0.25)) * len(kind) for kind in kinds if len(kind)) / len(
-            values
-        )
+        kinds = [kind for kind in (values[several], values[~several]) if len(kind)]
+        return sum(float(np.quantile(kind, 0.25)) * len(kind) for kind in kinds) / len(values)
 
     phases = typical(forward), typical(backward), typical(update)
     if plain:
