@@ -54,7 +54,8 @@ def workspace(device: torch.device, n_sums: int, n_counters: int) -> tuple[Tenso
     """Scratch of a reduction: (n_sums,) float64, any content, and (n_counters,) int32 zeros.
 
     Kept from call to call, one pair a device and stream (passes on one stream never overlap);
-    it grows when a call needs more. Every pass leaves the counters at 0.
+    it grows when a call needs more. Every pass leaves the counters at 0. Nothing is allocated once
+    a size has been seen, so one pass before a CUDA graph is captured keeps it out of the graph.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (device, stream)

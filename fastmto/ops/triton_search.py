@@ -4,8 +4,9 @@
 
 Floor: (T + N) P elements read for N state tensors, T^2 written; delayed also reads the P
 parameters and writes parameters and state. With Adam and float32 that is 4 (T+2) P and 4 (T+6) P
-bytes. Loads and stores are 16 bytes wide when P and the row stride are multiples of 16 and the
-buffers are 16-byte aligned (other sizes are right, with narrower accesses).
+bytes. Where P and the row stride are multiples of 16 and the buffers 16-byte aligned, gradients
+come 16 bytes at a time (8 where registers leave a thread two coordinates only: delayed from
+T = 7); other sizes are right, with narrower accesses.
 
 Two formulations of the Gram:
 
