@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import fastmto
 from fastmto import toy
 from fastmto.train import SummedLosses
 
@@ -69,3 +70,17 @@ def test_equal_weights_end_where_the_public_code_does() -> None:
 def test_an_unknown_start() -> None:
     with pytest.raises(ValueError, match="start must be one of A, B, C, D, E or a point, got 'F'"):
         toy.run(adam, "F", steps=1)
+
+
+# At the optimum the updates oppose each other exactly: keeping the last weights is right there.
+@pytest.mark.filterwarnings("ignore:no new task weights")
+@pytest.mark.parametrize("start", toy.STARTS)
+def test_pub_reaches_the_optimum_from_every_start(start: str) -> None:
+    """PUB's figure, s = 1, with the paper's literal weights at every step."""
+
+    def pub(shared: list[torch.nn.Parameter], heads: list[list[torch.nn.Parameter]]) -> fastmto.PUB:
+        return fastmto.PUB(shared, heads, lr=5e-2, update_weights_every=1, scale="none")
+
+    way = toy.run(pub, start, steps=800, every=800)
+    assert way.losses[-1].tolist() == pytest.approx(toy.OPTIMUM, abs=0.3)
+    assert way.points[-1].tolist() == pytest.approx(toy.OPTIMUM_POINT, abs=0.2)
