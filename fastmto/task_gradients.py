@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from .flat import FlatLayout
 
@@ -212,7 +213,9 @@ class TaskGradients:
     ) -> tuple[Sequence[Tensor | None], HeadGrads]:
         """d loss / d shared and d loss / d heads; None where the loss does not reach."""
         inputs = [*self._shared, *(p for h in heads for p in self._heads[h])]
-        grads = torch.autograd.grad(loss, inputs, retain_graph=retain, allow_unused=True)
+        grads = torch.autograd.grad(
+            _root(loss), inputs, torch.ones_like(loss), retain_graph=retain, allow_unused=True
+        )
         self.backwards += 1
         for k, (p, grad) in enumerate(zip(inputs, grads, strict=True)):
             if grad is not None and grad.layout is not torch.strided:
@@ -284,6 +287,19 @@ class TaskGradients:
             for h, own in head_grads.items():
                 if owners[h] == i:
                     self._take_head(h, own)
+
+
+def _root(loss: Tensor) -> Tensor | GradientEdge:
+    """Where the backward of `loss` starts: for an entry of `torch.stack(losses)`, at the scalar
+    that was stacked. The stack itself would send zeros down every other task's graph."""
+    unbind = loss.grad_fn
+    if unbind is None or unbind.name() != "UnbindBackward0":
+        return loss
+    ((stack, _),) = unbind.next_functions
+    if stack is None or stack.name() != "StackBackward0":
+        return loss
+    node, output = stack.next_functions[loss.output_nr]
+    return loss if node is None else GradientEdge(node, output)
 
 
 def _write(

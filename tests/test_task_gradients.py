@@ -140,9 +140,26 @@ def test_a_task_that_does_not_reach_the_trunk_has_a_zero_row_and_a_trained_head(
     torch.testing.assert_close(head_grad(gradients, model, weight), 2 * weight.detach())
 
 
-def test_stacked_losses_whose_graphs_touch_every_head_still_find_owners() -> None:
+@pytest.mark.parametrize("owners", ["given", "found"])
+def test_stacked_losses_are_taken_apart(owners: str) -> None:
+    """No zeros go down the other tasks' graphs: out of reach stays out of reach."""
+    model, layout, gradients = build(owners)
+    own = model.heads[1].weight.pow(2).sum()
+    losses = torch.stack([model.losses(batch(1))[0], own])
+    gradients.per_task(as_list(losses, 2, None)[0])
+    assert gradients.touched == [True, False]
+    assert gradients.filled[-1] == (owners == "given")  # task 1 does not use its bias
+    for view, g in zip(
+        layout.views(gradients.rows[0][0]), expected(model, batch(1), 0)[0], strict=True
+    ):
+        torch.testing.assert_close(view, g)
+    with pytest.raises(RuntimeError, match="second time"):
+        losses.sum().backward()
+
+
+def test_losses_stacked_and_scaled_connect_all_tasks_and_still_find_owners() -> None:
     model, _, gradients = build("found")
-    gradients.per_task(list(torch.stack(model.losses(batch(1))).unbind()))
+    gradients.per_task(list((2 * torch.stack(model.losses(batch(1)))).unbind()))
     assert gradients.owners == [0, 0, 1, 1]
 
 
@@ -165,10 +182,10 @@ def test_a_head_that_two_tasks_train_is_refused_and_nothing_is_settled() -> None
 
 def test_a_head_reached_with_zeros_only_waits_for_its_owner() -> None:
     model, _, gradients = build("found")
-    gradients.per_task([0 * loss for loss in torch.stack(model.losses(batch(1))).unbind()])
+    gradients.per_task(list((0 * torch.stack(model.losses(batch(1)))).unbind()))
     assert gradients.owners == [None] * 4
     gradients.clear()
-    gradients.per_task(list(torch.stack(model.losses(batch(1))).unbind()))
+    gradients.per_task(list((1 * torch.stack(model.losses(batch(1)))).unbind()))
     assert gradients.owners == [0, 0, 1, 1]
     assert gradients.filled == [True] * 4
 
