@@ -343,7 +343,7 @@ def _train(parser: _Parser, options: argparse.Namespace) -> None:
         f"{data.name}, {name}: {total:,} parameters, {shared:,} of them shared; "
         f"{epochs} epochs of {len(data.train):,} rows, batch {batch_size}"
     )
-    print(f"\n{title}\n\n{_table(results)}\n{FOOTNOTE}\n")
+    print(f"\n{title}\ntest part, after the last epoch:\n\n{_table(results)}\n{FOOTNOTE}\n")
     save_plot(results, title, options.plot)
     print(f"picture: {options.plot}")
     if options.json is not None:

@@ -89,6 +89,9 @@ class SummedLosses:
         self.optimizer.step()
         self.stats["steps"] += 1
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.optimizer!r})"
+
 
 MakeBalancer = Callable[[MultiTaskModel], Balancer]
 
@@ -215,6 +218,7 @@ class TrainResult:
         steps: the log of every step.
         timing: where a step's time goes.
         stats: the balancer's counters at the end.
+        settings: the balancer as it prints itself, all hyperparameters included.
     """
 
     name: str
@@ -223,6 +227,7 @@ class TrainResult:
     steps: Steps
     timing: Timing
     stats: dict[str, int]
+    settings: str
 
 
 def task_losses(model: MultiTaskModel, tasks: tuple[Task, ...], batch: Split) -> Tensor:
@@ -423,7 +428,13 @@ def train(
         probes=np.array(probes).reshape(-1, 2),
     )
     return TrainResult(
-        name, data.tasks, records, steps, _timing(steps, plain), dict(optimizer.stats)
+        name=name,
+        tasks=data.tasks,
+        epochs=records,
+        steps=steps,
+        timing=_timing(steps, plain),
+        stats=dict(optimizer.stats),
+        settings=repr(optimizer),
     )
 
 
@@ -453,6 +464,7 @@ def as_json(result: TrainResult, max_points: int = 1000) -> dict[str, Any]:
         },
         "balancing_share": result.timing.balancing_share,
         "stats": result.stats,
+        "settings": result.settings,
         "steps": {
             "number": list(range(1, n + 1, stride)),
             "losses": [_finite(row) for row in log.losses[::stride].tolist()],

@@ -203,6 +203,8 @@ def test_a_run_as_json_is_thin_and_has_no_nan(data: MultiTaskData) -> None:
     assert {len(column) for column in log.values()} == {11}
     assert report["epochs"][1]["test"] == result.epochs[1].test
     assert report["balancing_share"] == result.timing.balancing_share
+    assert report["settings"].startswith("PUB(")
+    assert "lr: 0.01" in report["settings"]
 
 
 def test_a_diverged_model_scores_nan() -> None:

@@ -81,6 +81,6 @@ def test_pub_reaches_the_optimum_from_every_start(start: str) -> None:
     def pub(shared: list[torch.nn.Parameter], heads: list[list[torch.nn.Parameter]]) -> fastmto.PUB:
         return fastmto.PUB(shared, heads, lr=5e-2, update_weights_every=1, scale="none")
 
-    way = toy.run(pub, start, steps=800, every=800)
+    way = toy.run(pub, start, steps=600, every=600)
     assert way.losses[-1].tolist() == pytest.approx(toy.OPTIMUM, abs=0.3)
     assert way.points[-1].tolist() == pytest.approx(toy.OPTIMUM_POINT, abs=0.2)
