@@ -1,4 +1,4 @@
-"""Gram matrices for the tests of solvers and weightings: plain samplers and hypothesis strategies."""
+"""Gram matrices for the tests of the solvers: samplers and hypothesis strategies."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def samples(max_tasks: int = 64) -> st.SearchStrategy[Sample]:
 
 
 def symmetric_matrices(max_tasks: int = 8) -> st.SearchStrategy[Array]:
-    """Symmetric matrices of arbitrary floats, NaN and infinity included: mostly not Gram matrices."""
+    """Symmetric matrices of arbitrary floats, NaN and infinity included."""
 
     def build(tasks: int) -> st.SearchStrategy[Array]:
         entries = tasks * (tasks + 1) // 2

@@ -43,9 +43,9 @@ def test_subproblem_against_cvxpy(tasks: int) -> None:
 
     rng = np.random.default_rng(tasks)
     compared = 0
-    for k in range(8):
+    for k in range(12):
         g = gram(rng, tasks, "full" if k % 2 else "low_rank", decades=0.4 * (k % 3))
-        p = None if k < 5 else np.exp(rng.normal(size=tasks))
+        p = None if k < 8 else np.exp(rng.normal(size=tasks))
         exact = bargaining(g, preference=p)
         if not exact.ok:
             continue
@@ -109,8 +109,9 @@ def test_subproblems_are_feasible_and_optimal(sample: Sample, seed: int) -> None
     result = ccp_step(g, previous)
     c = slope(g, previous)
     if not result.ok:
-        assert result.status == "unbounded"
-        # Only a linearisation outside the domain can be unbounded.
+        # Only a linearisation outside the domain can be unbounded, or too flat for float64.
+        assert result.status in ("unbounded", "max_iterations")
+        assert result.status == "unbounded" or exact.kappa > 100
         assert (g @ previous <= 1e-9 * (np.abs(g) @ previous)).any()
         return
     a = result.weights

@@ -15,7 +15,7 @@ from fastmto.errors import SolverError
 from fastmto.solvers import bargaining
 from fastmto.weightings import Bargaining, Constant, Equal, Weighting
 
-G4 = torch.from_numpy(gram(np.random.default_rng(0), 4, decades=0.5))
+G4 = torch.from_numpy(gram(np.random.default_rng(1), 4, decades=0.5))
 OPPOSITE = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
 
 

@@ -24,6 +24,9 @@ constexpr double kStepTolerance = 1e-9;
 // Interior point: relative gap and residuals at which the polish takes over.
 constexpr double kGap = 1e-9;
 constexpr double kFeasible = 1e-8;
+// Barrier: its relative gap, and the one accepted where rounding ends the path before.
+constexpr double kBarrierGap = 1e-8;
+constexpr double kRoundedGap = 1e-6;
 // Polish: a constraint is active if lam > kActive * z * (objective); its equation is softened by
 // kSoftness / lam.
 constexpr double kActive = 1e-3;
@@ -499,6 +502,7 @@ FASTMTO_INLINE Status barrier(int n, int ld, const Exact& ex, const Interior& f,
   for (int j = 0; j < n; ++j) f.y[j] = 1.5;
   for (int j = n; j < ld; ++j) f.y[j] = f.lam[j] = f.z[j] = f.rd[j] = 0.0;
   double tau = 0.0;
+  double centred = 0.0;  // tau of the last point on the path, kept in f.slope
   for (int k = 0; k < kMaxBarrier; ++k) {
     ++*iterations;
     const double value = dot(ld, f.c, f.y);
@@ -506,28 +510,45 @@ FASTMTO_INLINE Status barrier(int n, int ld, const Exact& ex, const Interior& f,
     if (!(value <= DBL_MAX)) return Status::kMaxIterations;
     if (k == 0) tau = 2.0 * n / value;
     transposed_product(n, ld, f.m, f.y, f.s);
+    bool inside = true;
     for (int i = 0; i < n; ++i) {
       const double excess = f.y[i] * f.s[i] / ex.p[i] - 1.0;
-      if (!(excess > 0.0 && f.y[i] > 0.0)) return Status::kMaxIterations;  // rounding only
+      inside &= excess > 0.0 && f.y[i] > 0.0;
       // In these terms the barrier's Hessian is tau times the normal matrix, its gradient tau rd.
       f.z[i] = excess;
       f.lam[i] = (1.0 + 1.0 / excess) / tau;
     }
-    residuals(n, ld, ex, f);
-    normal_matrix(n, ld, f);
-    if (!factor<4>(n, ld, f.h, ex.d_inv)) return Status::kMaxIterations;
-    for (int j = 0; j < ld; j += kLanes) pack(f.u + j) = -pack(f.rd + j);
-    solve(n, ld, f.h, ex.d_inv, f.u);
-    const double decrement = std::sqrt(max_of(-tau * dot(ld, f.rd, f.u), 0.0));
+    double decrement = DBL_MAX;
+    if (inside) {
+      residuals(n, ld, ex, f);
+      normal_matrix(n, ld, f);
+      inside = factor<4>(n, ld, f.h, ex.d_inv);
+    }
+    if (inside) {
+      for (int j = 0; j < ld; j += kLanes) pack(f.u + j) = -pack(f.rd + j);
+      solve(n, ld, f.h, ex.d_inv, f.u);
+      decrement = std::sqrt(max_of(-tau * dot(ld, f.rd, f.u), 0.0));
+    }
+    if (decrement < 0.25) {
+      centred = tau;
+      for (int i = 0; i < n; ++i) f.slope[i] = f.y[i];
+    }
+    const double gap = 2.0 * n / value;  // times 1 / tau
+    // Off the path only by rounding, which ends it; the last point on it may be good enough.
+    if (!inside || (decrement < 0.25 && gap <= kBarrierGap * tau)) {
+      if (!(gap <= kRoundedGap * centred)) return Status::kMaxIterations;
+      for (int i = 0; i < n; ++i) f.y[i] = f.slope[i];
+      transposed_product(n, ld, f.m, f.y, f.s);
+      for (int i = 0; i < n; ++i) {
+        const double excess = f.y[i] * f.s[i] / ex.p[i] - 1.0;
+        f.z[i] = std::log1p(excess);
+        f.lam[i] = (1.0 + 1.0 / excess) / centred;
+      }
+      return Status::kSolved;
+    }
     const double t = decrement < 0.25 ? 1.0 : 1.0 / (1.0 + decrement);
     for (int i = 0; i < n; ++i) f.y[i] *= 1.0 + t * f.u[i];
-    if (decrement < 0.25) {
-      if (2.0 * n <= kGap * tau * value) {
-        for (int i = 0; i < n; ++i) f.z[i] = std::log1p(f.z[i]);
-        return Status::kSolved;
-      }
-      tau *= 10.0;
-    }
+    if (decrement < 0.25) tau = min_of(10.0 * tau, 1.01 * gap / kBarrierGap);
   }
   return Status::kMaxIterations;
 }
@@ -649,6 +670,8 @@ FASTMTO_INLINE Status whiten(const Problem& problem, int ld, const Exact& ex, co
 
 FASTMTO_INLINE Status ccp_body(const Problem& problem, const double* start, int max_steps,
                                double tol, double* workspace, double* weights, Info* info) {
+  // No steps to loop over: one, with the interior point's steps counted.
+  const bool single = max_steps == 0;
   const int n = problem.tasks;
   const int ld = padded(n);
   Arena arena{workspace};
@@ -660,10 +683,10 @@ FASTMTO_INLINE Status ccp_body(const Problem& problem, const double* start, int 
   info->residual = 0.0;
   if (status != Status::kSolved) return status;
   for (int i = 0; i < n; ++i) f.y_prev[i] = start == nullptr ? f.v[i] : start[i] * f.v[i];
-  for (int k = 1; k <= max_steps; ++k) {
+  for (int k = 1; k <= (single ? 1 : max_steps); ++k) {
     std::int32_t inner;
     status = outer_step(n, ld, p_scale, ex, f, &inner);
-    info->iterations = max_steps > 1 ? k : inner;
+    info->iterations = single ? inner : k;
     if (status != Status::kSolved) return status;
     double change = 0.0;
     for (int i = 0; i < n; ++i) {
@@ -728,7 +751,7 @@ Status bargaining_ccp(const Problem& problem, const double* warm_start, int max_
 
 Status ccp_step(const Problem& problem, const double* previous, double* workspace, double* weights,
                 Info* info) {
-  return backend.ccp(problem, previous, 1, 0.0, workspace, weights, info);
+  return backend.ccp(problem, previous, 0, 0.0, workspace, weights, info);
 }
 
 }  // namespace fastmto::solvers

@@ -1,4 +1,4 @@
-"""Slow references of the bargaining solvers on cvxpy and Clarabel: what the fast ones are judged by.
+"""Slow references of the bargaining solvers, on cvxpy and Clarabel.
 
 An optional extra: `pip install fastmto[oracle]`. Everything is stated in coordinates in which
 Clarabel reaches its tolerance: the exact problem on the correlation matrix, the CCP's subproblem
@@ -7,12 +7,14 @@ with the exact solution as the unit. SCS misses the tolerance and OSQP cannot po
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 try:
-    import cvxpy
+    # Its annotations are partial and differ between versions.
+    cvxpy: Any = importlib.import_module("cvxpy")
 except ImportError as error:
     raise ImportError(
         "fastmto.solvers.oracle needs cvxpy and clarabel: pip install fastmto[oracle]"

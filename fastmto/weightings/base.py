@@ -44,6 +44,7 @@ class Weighting(ABC):
 
     def reset(self) -> None:
         """Forget everything, as before the first call."""
+        return None
 
 
 def check_tasks(gram: Tensor, tasks: Sequence[int] | None) -> list[int]:
