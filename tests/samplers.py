@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 KINDS = ("full", "low_rank", "duplicates", "near_opposite", "aligned", "float32", "float16")
+#: Indefinite by the rounding of their products: a solution need not be the only one.
+INDEFINITE_KINDS = ("float32_low_rank", "float32_near_opposite")
 
 
 def updates(rng: np.random.Generator, tasks: int, kind: str) -> Array:
     """Rows of the kind named, of length about sqrt(2 T)."""
     rows = rng.normal(size=(tasks, 2 * tasks + 3))
+    kind = kind.removeprefix("float32_")
     if kind == "low_rank":
         rank = max(1, tasks // 3)
         rows = rng.normal(size=(tasks, rank)) @ rng.normal(size=(rank, 2 * tasks + 3))
@@ -29,8 +32,8 @@ def updates(rng: np.random.Generator, tasks: int, kind: str) -> Array:
 
 
 def gram_of(rows: Array, kind: str) -> Array:
-    """U U^T; the kinds "float32" and "float16" take it from rounded rows in float32."""
-    if kind in ("float32", "float16"):
+    """U U^T; the kinds named "float..." take it from rounded rows in float32."""
+    if kind.startswith("float"):
         rounded = rows.astype(np.float16 if kind == "float16" else np.float32).astype(np.float32)
         return (rounded @ rounded.T).astype(np.float64)
     return rows @ rows.T
@@ -72,12 +75,12 @@ class Sample:
         return gram(np.random.default_rng(self.seed), self.tasks, self.kind, self.decades)
 
 
-def samples(max_tasks: int = 64) -> st.SearchStrategy[Sample]:
-    """Gram matrices of 1 to `max_tasks` tasks of all kinds, updates over up to 24 decades."""
+def samples(max_tasks: int = 64, kinds: tuple[str, ...] = KINDS) -> st.SearchStrategy[Sample]:
+    """Gram matrices of 1 to `max_tasks` tasks of these kinds, updates over up to 24 decades."""
     return st.builds(
         Sample,
         tasks=st.integers(1, max_tasks),
-        kind=st.sampled_from(KINDS),
+        kind=st.sampled_from(kinds),
         decades=st.sampled_from([0.0, 0.5, 3.0, 12.0]),
         seed=st.integers(0, 2**32 - 1),
     )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samplers import KINDS, Sample, gram, planted, samples, symmetric_matrices
+from samplers import INDEFINITE_KINDS, KINDS, Sample, gram, planted, samples, symmetric_matrices
 
 from fastmto import reference
 from fastmto.solvers import STATUSES, Result, bargaining
@@ -95,7 +95,7 @@ def test_many_tasks_on_the_heap(tasks: int) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(samples())
+@given(samples(kinds=KINDS + INDEFINITE_KINDS))
 def test_hard_grams_are_solved_or_named(sample: Sample) -> None:
     g = sample.gram
     result = bargaining(g)
@@ -109,7 +109,7 @@ def test_hard_grams_are_solved_or_named(sample: Sample) -> None:
     else:
         # Only these kinds can be Pareto stationary, or indefinite by their rounding.
         assert result.weights is None
-        assert sample.kind in ("low_rank", "duplicates", "near_opposite", "float32", "float16")
+        assert sample.kind.endswith(("low_rank", "duplicates", "near_opposite"))
         assert result.status in ("near_stationary", "not_psd")
 
 

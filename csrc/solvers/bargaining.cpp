@@ -727,6 +727,7 @@ struct Backend {
 
 Backend choose() {
 #ifdef FASTMTO_X86
+  __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     return {exact_avx512, ccp_avx512};
