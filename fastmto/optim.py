@@ -347,7 +347,8 @@ class UpdateBalancer(torch.optim.Optimizer):
             if self._settings["on_failure"] == "raise":
                 raise
             self.stats["held"] += 1
-            _warn(f"no new task weights, the last ones stay: {error} (stats['held'])")
+            # No numbers in the text: Python shows a warning of one text once.
+            _warn(f"no new task weights ({error.status}), the last ones stay (stats['held'])")
             return
         self._found = True
         bound = self._settings["max_weight"]
