@@ -1,7 +1,8 @@
 """Compile the Triton kernels for one GPU architecture without a GPU; print what came out as JSON.
 
 Run as `python tests/aot.py 90` without TRITON_INTERPRET and with a fresh TRITON_CACHE_DIR:
-test_triton_aot.py does.
+test_triton_aot.py does. The launchers run as they are, on CPU tensors, up to the point where
+Triton would start the compiled kernel: a driver that only names the architecture stands in.
 """
 
 from __future__ import annotations
@@ -11,53 +12,40 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from fastmto.ops import triton_apply, triton_combine, triton_search
-from fastmto.ops.triton_launch import Tiling, options
-from fastmto.ops.triton_rules import N_STATES
+from fastmto.ops import triton_apply, triton_combine, triton_launch, triton_search
+from fastmto.ops.triton_launch import Tiling
+from fastmto.rules import AdaGrad, Adam, RMSProp, Rule
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+#: Coordinates and row stride, a multiple of 16, as FlatParameters makes them.
+NUMEL = 4096
 
 
-def compiled(
-    kernel: Any, dtype: torch.dtype, tiling: Tiling, constants: dict[str, Any], arch: int
-) -> dict[str, Any]:
-    """Compile as the launchers would for aligned buffers, P and stride multiples of 16."""
-    double = dtype == torch.float64
-    maths = "fp64" if double else "fp32"
-    constants = {**constants, "DTYPE": tl.float64 if double else tl.float32}
-    types = {
-        **dict.fromkeys(("grads", "params", "out"), "*" + TYPES[dtype]),
-        **dict.fromkeys(("s0", "s1", "s2"), "*" + maths),
-        **dict.fromkeys(("weights", "gram", "partial"), "*fp64"),
-        "arrived": "*i32",
-    }
-    absent = {"s0", "s1", "s2"} - {f"s{k}" for k in range(N_STATES[constants.get("KIND", 0)])}
-    if not constants.get("APPLY", True):
-        absent |= {"params", "weights"}
-    signature, values, attributes = {}, {}, {}
-    for k, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if name in constants or name in absent:
-            signature[name] = "constexpr"
-            values[(k,)] = constants.get(name)
-        else:
-            # Numbers have the type their annotation names, as in a launch.
-            signature[name] = types.get(name) or parameter.annotation_type
-            if signature[name] != "fp64":
-                attributes[(k,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(tiling))
+class NamedArchitecture:
+    """What Triton asks a driver for before it compiles."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def described(made: Any) -> dict[str, Any]:
+    """Registers, local and shared memory of a compiled kernel, and its memory instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -75,46 +63,70 @@ def compiled(
         "loads": re.findall(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)\S*.*", ptx),
         "stores": re.findall(r"st\.global\S*", ptx),
         "order": re.findall(r"bar\.sync|atom\S*|st\.global|ld\.global\.cg", ptx),
+        "signature": made.src.signature,
     }
 
 
-def cases(arch: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and result of every kernel that is tried."""
+class Recorder:
+    """Stands in for `triton_launch.launch`: compiles, does not start."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[str, dict[str, Any]] = {}
+        self.name = ""
+
+    def __call__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        device: torch.device,
+        tiling: Tiling,
+        *args: Any,
+        **constants: Any,
+    ) -> None:
+        made = kernel.warmup(*args, grid=grid, **constants, **triton_launch.options(tiling))
+        self.kernels[self.name] = described(made)
+
+
+def compile_all(record: Recorder) -> None:
+    """Call the launchers for all that is tried; none of them is told it is not for real."""
     single, half, double = torch.float32, torch.bfloat16, torch.float64
-    for dtype, n_tasks, kind, with_apply in (
-        *((single, t, 0, a) for t in (2, 3, 8, 32) for a in (False, True)),
-        *((single, 2, kind, a) for kind in (1, 2, 5) for a in (False, True)),
-        (half, 2, 0, False),
-        (half, 8, 0, True),
-        (double, 2, 0, False),
-        (double, 8, 0, True),
-        (single, 128, 0, False),
-    ):
-        is_double = dtype == double
-        tiling = triton_search.tiling_for(n_tasks, is_double, with_apply, 132)
-        kernel = triton_search.search_pairs if tiling.tile is None else triton_search.search_tiles
-        constants = triton_search.constants_for(tiling, n_tasks, with_apply)
-        name = f"{'delayed' if with_apply else 'search'} {dtype} T={n_tasks} kind={kind}"
-        yield name, compiled(kernel, dtype, tiling, {**constants, "KIND": kind}, arch)
-    for dtype, n_tasks, kind in (
-        *((single, t, 0) for t in (2, 8, 32)),
-        *((single, 2, kind) for kind in (1, 2, 5)),
-        (half, 2, 0),
-        (double, 2, 0),
-    ):
-        tiling = triton_apply.tiling_for(dtype == double)
-        constants = {
-            "T": n_tasks,
-            "UNROLL": n_tasks <= triton_apply.MAX_UNROLLED_T,
-            "BLOCK": tiling.block,
-        }
-        name = f"{dtype} T={n_tasks} kind={kind}"
-        apply = triton_apply.apply_kernel
-        yield f"apply {name}", compiled(apply, dtype, tiling, {**constants, "KIND": kind}, arch)
-        if kind == 0:
-            combine = triton_combine.combine_kernel
-            yield f"combine {name}", compiled(combine, dtype, tiling, constants, arch)
+    adam = Adam()
+    others = (AdaGrad(), RMSProp(), RMSProp(momentum=0.9, centered=True))
+    configurations: list[tuple[torch.dtype, int, Rule, tuple[str, ...]]] = [
+        (single, 2, adam, ("search", "delayed", "apply", "combine")),
+        (single, 3, adam, ("search", "delayed")),
+        (single, 8, adam, ("search", "delayed", "apply", "combine")),
+        (single, 32, adam, ("search", "delayed", "apply", "combine")),
+        (single, 128, adam, ("search",)),
+        *((single, 2, rule, ("search", "delayed", "apply")) for rule in others),
+        (half, 2, adam, ("search", "apply", "combine")),
+        (half, 8, adam, ("delayed",)),
+        (double, 2, adam, ("search", "apply")),
+        (double, 8, adam, ("delayed",)),
+    ]
+    for dtype, n_tasks, rule, passes in configurations:
+        maths = double if dtype == double else single
+        grads = torch.zeros(n_tasks, NUMEL, dtype=dtype)
+        state = tuple(torch.zeros(NUMEL, dtype=maths) for _ in rule.state_names)
+        params = torch.zeros(NUMEL, dtype=dtype)
+        weights = torch.ones(n_tasks, dtype=double)
+        gram = torch.zeros(n_tasks, n_tasks, dtype=double)
+        for name in passes:
+            record.name = f"{name} {dtype} T={n_tasks} kind={rule.kind}"
+            if name == "search":
+                triton_search.search(rule, 3, grads, state, gram)
+            elif name == "delayed":
+                triton_search.delayed(rule, 3, grads, state, params, weights, gram, 0.1, 0.01)
+            elif name == "apply":
+                triton_apply.apply(rule, 3, grads, state, params, weights, 0.1, 0.01)
+            else:
+                triton_combine.combine(grads, weights, params)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(dict(cases(int(sys.argv[1])))))
+    triton.runtime.driver.set_active(NamedArchitecture(int(sys.argv[1])))
+    recorder = Recorder()
+    for module in (triton_search, triton_apply, triton_combine):
+        module.launch = recorder
+    compile_all(recorder)
+    sys.stdout.write(json.dumps(recorder.kernels))

@@ -1,6 +1,7 @@
 """Every Triton kernel builds for the GPUs we name, without one: ahead-of-time compilation.
 
 In a process of its own (aot.py), as this one may be interpreting, and with an empty cache folder.
+What Triton's binder makes of the launchers' arguments is part of it.
 """
 
 from __future__ import annotations
@@ -46,6 +47,15 @@ def test_compiles_without_spills_and_fits_shared_memory(kernels: dict[str, Any])
     assert {name: made["stack"] for name, made in kernels.items() if made["stack"]} == {}
     # What a program may have on every GPU since sm_80.
     assert max(made["shared"] for made in kernels.values()) <= 99 * 1024
+
+
+@pytest.mark.slow
+def test_numbers_reach_the_kernels_in_double_precision(kernels: dict[str, Any]) -> None:
+    for name, made in kernels.items():
+        signature = made["signature"]
+        assert signature["P"] == signature["stride"] == "i64", name
+        numbers = [signature.get(number, "fp64") for number in ("b1", "d2", "c2", "eps", "keep")]
+        assert set(numbers) == {"fp64"}, name
 
 
 @pytest.mark.slow

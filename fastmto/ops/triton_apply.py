@@ -29,11 +29,11 @@ MAX_UNROLLED_T = 8
 
 
 @triton.jit
-def move(params, s0, s1, s2, offsets, mask, joint, g, state, c, lr, keep, KIND, DTYPE):
+def move(theta, s0, s1, s2, offsets, mask, joint, g, state, c, lr, keep, KIND, DTYPE):
     """Write parameters and state, given joint = sum_i a_i u_i and g = sum_i a_i g_i."""
-    theta = tl.load(params + offsets, mask=mask, other=0.0).to(DTYPE)
-    theta = tl.full((), keep, DTYPE) * theta - tl.full((), lr, DTYPE) * joint
-    tl.store(params + offsets, theta.to(params.dtype.element_ty), mask=mask)
+    old = tl.load(theta + offsets, mask=mask, other=0.0).to(DTYPE)
+    new_theta = tl.full((), keep, DTYPE) * old - tl.full((), lr, DTYPE) * joint
+    tl.store(theta + offsets, new_theta.to(theta.dtype.element_ty), mask=mask)
     _u, new = advance(g, state, c, KIND)
     store_state(s0, s1, s2, offsets, mask, new, KIND)
 
@@ -54,7 +54,7 @@ def apply_kernel(
     s0,
     s1,
     s2,  # (P,) each, None where the rule has fewer
-    params,  # (P,)
+    theta,  # (P,) parameters
     weights,  # (T,) float64
     P: tl.int64,
     stride: tl.int64,
@@ -90,7 +90,7 @@ def apply_kernel(
             joint, g = add_task(
                 grads, weights, i, offsets, P, stride, joint, g, state, c, KIND, DTYPE
             )
-    move(params, s0, s1, s2, offsets, mask, joint, g, state, c, lr, keep, KIND, DTYPE)
+    move(theta, s0, s1, s2, offsets, mask, joint, g, state, c, lr, keep, KIND, DTYPE)
 
 
 def tiling_for(double: bool) -> Tiling:

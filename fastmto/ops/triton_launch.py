@@ -79,7 +79,11 @@ def launch(
     *args: Any,
     **constants: Any,
 ) -> None:
-    """Run `kernel` on the current stream of `device`."""
+    """Run `kernel` on the current stream of `device`.
+
+    A kernel must not name a parameter `params`, `options` or `specialization`: Triton's generated
+    binder uses these names itself, and would pass its own dictionary.
+    """
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         kernel[grid](*args, **constants, **options(tiling))

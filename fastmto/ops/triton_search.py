@@ -82,7 +82,7 @@ def search_pairs(
     s0,
     s1,
     s2,  # (P,) each, None where the rule has fewer
-    params,  # (P,), APPLY only
+    theta,  # (P,) parameters, APPLY only
     weights,  # (T,) float64, APPLY only
     gram,  # (T, T) float64
     partial,  # (programs, LENGTH) float64
@@ -144,7 +144,7 @@ def search_pairs(
                     summed = summed + (pairs[i * (i + 1) // 2 + j] + us[i] * us[j],)
             pairs = summed
             if APPLY:
-                move(params, s0, s1, s2, offsets, mask, joint, g, state, c, lr, keep, KIND, DTYPE)
+                move(theta, s0, s1, s2, offsets, mask, joint, g, state, c, lr, keep, KIND, DTYPE)
         for k in tl.static_range(T * (T + 1) // 2):
             total += tl.where(index == k, tl.sum(pairs[k], axis=0).to(tl.float64), 0.0)
     is_last, result = sum_up(partial, arrived, total, index, LENGTH, ROWS)
@@ -174,7 +174,7 @@ def search_tiles(
     s0,
     s1,
     s2,  # (P,) each, None where the rule has fewer
-    params,  # (P,), APPLY only
+    theta,  # (P,) parameters, APPLY only
     weights,  # (T,) float64, APPLY only
     gram,  # (T, T) float64
     partial,  # (tile pairs, programs, LENGTH) float64
@@ -235,7 +235,7 @@ def search_tiles(
                 joint = tl.sum(tl.where(a != 0, a * u_i, 0.0), axis=0, keep_dims=True)
                 g = tl.sum(tl.where(a != 0, a * g_i, 0.0), axis=0, keep_dims=True)
                 at, valid = offsets[None, :], mask[None, :]
-                move(params, s0, s1, s2, at, valid, joint, g, state, c, lr, keep, KIND, DTYPE)
+                move(theta, s0, s1, s2, at, valid, joint, g, state, c, lr, keep, KIND, DTYPE)
         total += tile.to(tl.float64)
     index = tl.arange(0, LENGTH)
     is_last, result = sum_up(
