@@ -54,6 +54,8 @@ def make(scale: str | None, lr: float, weight_decay: float) -> Callable:
 
 def compare(name: str, root: Path | None, seeds: int) -> None:
     defaults = DEFAULTS[name]
+    if defaults.threads is not None:
+        torch.set_num_threads(defaults.threads)
     data = None if name == "digits" else load_census(root)
     print("| method | scale | lr | " + " | ".join(f"metric {i}" for i in (1, 2)) + " | mean |")
     print("|---|---|---|---|---|---|")

@@ -44,6 +44,10 @@ class UpdateBalancer(torch.optim.Optimizer):
     Arguments are those of `PUB`; `weighting=None` keeps all weights at 1.
     """
 
+    #: Makes a GradScaler hand its scale to `step`, which refuses it: left alone, the scaler would
+    #: unscale the heads' gradients and not the shared ones, in silence.
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         shared_parameters: Parameters,
@@ -265,10 +269,15 @@ class UpdateBalancer(torch.optim.Optimizer):
             What the closure returned.
 
         Raises:
-            RuntimeError: no `backward` since the last step.
+            RuntimeError: no `backward` since the last step, or a GradScaler.
             SolverError: no weights were found, with `on_failure="raise"`.
             NonFiniteError: a gradient is NaN or infinite, with `on_nonfinite="raise"`.
         """
+        if hasattr(self, "found_inf"):
+            raise RuntimeError(
+                f"{type(self).__name__} does not work with a GradScaler; use bfloat16 autocast, "
+                "which needs none"
+            )
         result = None
         if closure is not None:
             with torch.enable_grad():

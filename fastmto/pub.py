@@ -25,18 +25,22 @@ class PUB(UpdateBalancer):
       place of T backwards (the paper's timings are only reachable so).
 
     Task-specific parameters see only their own task: the plain optimizer with their own
-    gradient, whatever the weights.
+    gradient, whatever the weights. Between searches that gradient is the weighted one divided by
+    the task's weight, which rounds once.
 
     Param groups with other hyperparameters have buffers of their own; the Gram is summed over
-    them, of updates without the learning rate. A shared parameter that a task does not reach
-    has a zero gradient for it.
+    them, of updates without the learning rate. A parameter that its task does not reach in a
+    step has a zero gradient (torch's optimizers would leave it out).
+
+    The shared parameters' `.grad` stays None: their gradients are rows of
+    `optimizer.gradients.rows`, so `clip_grad_norm_` on the model sees the heads alone.
 
     Args:
         shared_parameters: what all tasks train: parameters of any floating dtype on one device,
             or dicts with "params" and own `lr`, `weight_decay` or rule hyperparameters. Their
             storage moves into flat buffers: build the optimizer after `model.to(...)`.
         task_parameters: one list a task (possibly empty), a dict of named lists, or one flat
-            iterable, whose owners are found at the first backward.
+            iterable, whose owners are found at the first search in which they have a gradient.
         lr: learning rate of all groups that bring none, >= 0.
         rule: "adam", "adagrad", "rmsprop" or a rule of `fastmto.rules` with its
             hyperparameters.
@@ -54,7 +58,7 @@ class PUB(UpdateBalancer):
         clippy: bound every update as `fastmto.rules.Clippy` does; True for its defaults.
         adatask: every task keeps its own moments, (T, P) each (AdaTask, AAAI 2023).
         delayed: step with the weights of the search before, in the same pass that takes the new
-            Gram.
+            Gram; a search that fails (`on_failure="raise"`) does so after that step.
         on_failure: a search that finds no weights (tasks Pareto stationary, a zero update)
             keeps the last ones ("hold") or raises `SolverError` ("raise").
         on_nonfinite: a NaN or infinite loss or gradient skips the step, parameters and state

@@ -794,3 +794,38 @@ def test_a_weighting_of_the_wrong_shape_is_refused_before_anything_moves() -> No
     with pytest.raises(ValueError, match=r"weights of shape \(2,\), got \(3,\)"):
         optimizer.step()
     assert_same(before, [p.detach() for p in shared])
+
+
+def test_a_gradient_scaler_is_refused_and_bfloat16_autocast_works() -> None:
+    model = net()
+    optimizer = fastmto.PUB(model.trunk.parameters(), model.head_parameters(), 0.01)
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer.backward([scaler.scale(loss) for loss in model.losses(batch(0))])
+    with pytest.raises(RuntimeError, match="does not work with a GradScaler"):
+        scaler.step(optimizer)
+    assert_same(before, [p.detach() for p in model.parameters()])
+    optimizer = fastmto.PUB(model.trunk.parameters(), model.head_parameters(), 0.01)
+    first = sum(loss.item() for loss in model.losses(batch(0)))
+    for _ in range(30):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = model.losses(batch(0))
+        optimizer.zero_grad()
+        optimizer.backward(losses)
+        optimizer.step()
+    assert sum(loss.item() for loss in model.losses(batch(0))) < 0.9 * first
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"clippy": True}, {"delayed": True}, {"adatask": True}])
+def test_a_step_allocates_nothing_of_the_size_of_the_parameters(kwargs: dict) -> None:
+    numel, shared = 1 << 16, nn.Parameter(torch.zeros(1 << 16))
+    optimizer = fastmto.PUB([shared], [[], []], update_weights_every=1, **kwargs)
+    directions = [torch.randn(numel), torch.randn(numel)]
+    for _ in range(2):
+        optimizer.backward([(shared * d).sum() for d in directions])
+        optimizer.step()
+    assert [rows.shape for rows in optimizer.gradients.rows] == [(2, numel)]
+    optimizer.backward([(shared * d).sum() for d in directions])
+    with torch.profiler.profile(profile_memory=True) as profile:
+        optimizer.step()
+    assert sum(max(e.self_cpu_memory_usage, 0) for e in profile.events()) < numel / 16
