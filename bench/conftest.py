@@ -22,7 +22,7 @@ import torch
 #: A contestant takes the number of the set of buffers to work on.
 Contestant = Callable[[int], object]
 
-ROUNDS = 9
+ROUNDS = 15
 #: Contestants slower than this sit out all but the first rounds.
 SLOW = 0.2
 SLOW_ROUNDS = 3
