@@ -6,7 +6,7 @@ Neither links against torch, so one build serves every torch version.
 import sys
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 
@@ -22,6 +22,9 @@ def headers(folder: str) -> list[str]:
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
 # torch's Linux wheels carry libgomp, so the kernels share its threads; macOS has no OpenMP of its own.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+
+# As many compilers as processors, or as many as the variable says.
+ParallelCompile("FASTMTO_BUILD_JOBS", default=0).install()
 
 setup(
     ext_modules=[
