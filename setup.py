@@ -20,7 +20,7 @@ def headers(folder: str) -> list[str]:
 
 # No contraction: every instruction set must round alike. errno and traps are not looked at.
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
-# torch's Linux wheels carry libgomp, so the kernels share its threads; macOS has no OpenMP of its own.
+# torch's Linux wheels carry libgomp, so the kernels share its threads; macOS has no OpenMP.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 # As many compilers as processors, or as many as the variable says.

@@ -70,9 +70,7 @@ class Bare:
         self.optimizer.zero_grad()
         losses = self.losses(self.model)
         for i, (loss, head) in enumerate(zip(losses, self.heads, strict=True)):
-            grads = torch.autograd.grad(
-                loss, self.shared + head, retain_graph=i < len(losses) - 1
-            )
+            grads = torch.autograd.grad(loss, self.shared + head, retain_graph=i < len(losses) - 1)
             for p, g in zip(self.shared + head, grads, strict=True):
                 if p.grad is None:
                     p.grad = g
