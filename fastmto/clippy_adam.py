@@ -21,7 +21,8 @@ class ClippyAdam(torch.optim.Optimizer):
         sigma = min(1, min_j (lambda_rel |theta_j| + lambda_abs) / (lr |u_j|))
         theta <- (1 - lr weight_decay) theta - lr sigma u
 
-    A plain torch optimizer: `loss.backward()`, `step()`.
+    A plain torch optimizer: `loss.backward()`, `step()`. A step with a NaN or infinite gradient
+    raises before anything moves.
 
     Args:
         params: parameters or param groups of one device.
@@ -47,10 +48,19 @@ class ClippyAdam(torch.optim.Optimizer):
         rule = Adam((betas[0], betas[1]), eps)
         check_lr(lr, weight_decay)
         groups = groups_of("params", params, None)
-        check_distinct(groups)
         self._rule, self._clippy = rule, clippy or Clippy()
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, **rule.hyperparameters()})
         self._build()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, with the checks of construction.
+
+        Raises:
+            ValueError: a parameter that cannot be trained, is listed twice or on another device.
+        """
+        (group,) = groups_of("params", [param_group], None)
+        check_distinct([*self.param_groups, group])
+        super().add_param_group(group)
 
     def _build(self) -> None:
         device = self.param_groups[0]["params"][0].device
@@ -66,17 +76,26 @@ class ClippyAdam(torch.optim.Optimizer):
 
         Returns:
             What the closure returned.
+
+        Raises:
+            NonFiniteError: a gradient is NaN, infinite or too large to be squared.
+            RuntimeError: a sparse gradient.
         """
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        for group in self.param_groups:
-            rule = self._rules(group)
-            grads = {p: p.grad for p in group["params"] if p.grad is not None}
-            for p, grad in grads.items():
-                self._plain.step(rule, group, p, grad, self.state[p])
-            torch.autograd.graph.increment_version(list(grads))
+        jobs = [
+            (self._rules(group), group, p, p.grad)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        for _, _, p, grad in jobs:
+            self._plain.check(p, grad)
+        for rule, group, p, grad in jobs:
+            self._plain.step(rule, group, p, grad, self.state[p])
+        torch.autograd.graph.increment_version([p for _, _, p, _ in jobs])
         return result
 
     def __getstate__(self) -> dict[str, Any]:

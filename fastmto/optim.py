@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections import defaultdict
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -240,6 +242,8 @@ class UpdateBalancer(torch.optim.Optimizer):
         ):
             for p, view in zip(flat.parameters, views, strict=True):
                 p.grad = view if filled else None
+        if not any(gradients.touched):
+            _warn("no task of this step reaches the shared parameters (stats['untouched'])")
         self._pending = pending
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -307,7 +311,7 @@ class UpdateBalancer(torch.optim.Optimizer):
             for one in heads:
                 one.search()
         if not all(one.finite() for one in (*shared, *heads)):
-            self._refuse("a gradient is not finite")
+            self._refuse("a gradient or an update is not finite, or too large to be squared")
             return result
         if searches and not delayed:
             self._balance()
@@ -323,6 +327,7 @@ class UpdateBalancer(torch.optim.Optimizer):
 
     def _pass(self, buffer: Buffer, step: ops.Steps, rows: int) -> Pass:
         group = self.param_groups[buffer.number]
+        check_lr(group["lr"], group["weight_decay"])
         rule = self._rules(group)
         check_state_names(rule, buffer.state_names)
         rates = float(group["lr"]), float(group["weight_decay"])
@@ -374,7 +379,10 @@ class UpdateBalancer(torch.optim.Optimizer):
         """
         weighting = self.weighting
         assert weighting is not None
-        raw = weighting(gram, active) if isinstance(weighting, Weighting) else weighting(gram)
+        copied = gram.clone()  # a caller's function may write into what it gets
+        raw = weighting(copied, active) if isinstance(weighting, Weighting) else weighting(copied)
+        if not isinstance(raw, Tensor | Sequence | np.ndarray):
+            raise ValueError(f"weighting must return weights, got {type(raw).__name__}")
         weights = torch.as_tensor(raw, dtype=torch.float64, device="cpu")
         if weights.shape != (len(gram),):
             raise ValueError(
@@ -477,6 +485,11 @@ class UpdateBalancer(torch.optim.Optimizer):
         if None not in (self._names, saved["names"]) and self._names != saved["names"]:
             raise ValueError(f"state_dict must be of {self._names}, got one of {saved['names']}")
         entries = self._match_state(state_dict, n_tasks)
+        weighting = self.weighting
+        if isinstance(weighting, Weighting):
+            # Into a copy first: what it refuses, it refuses before anything has changed.
+            weighting = copy.deepcopy(weighting)
+            weighting.load_state_dict(saved["weighting"] or {})
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         names = self._names or saved["names"]
         if n_tasks is None:  # from before the first step
@@ -498,11 +511,11 @@ class UpdateBalancer(torch.optim.Optimizer):
         self._task_steps = list(saved["task_steps"])
         self._head_steps = list(saved["head_steps"])
         self._names = names
-        self.weights = saved["weights"].clone()
-        self.gram = saved["gram"]
+        # A map_location moves every tensor of a file; these live on the CPU.
+        self.weights = saved["weights"].to("cpu", copy=True)
+        self.gram = None if saved["gram"] is None else saved["gram"].to("cpu", copy=True)
         self.stats = dict(saved["stats"])
-        if isinstance(self.weighting, Weighting):
-            self.weighting.load_state_dict(saved["weighting"])
+        self._settings["weighting"] = weighting
 
     def _match_state(
         self, state_dict: dict[str, Any], n_tasks: int | None
@@ -514,6 +527,9 @@ class UpdateBalancer(torch.optim.Optimizer):
             raise ValueError(
                 f"state_dict must have param groups of {sizes[1]} parameters, got {sizes[0]}"
             )
+        tasks = [g["task"] for g in groups], [g["task"] for g in self.param_groups]
+        if tasks[0] != tasks[1]:
+            raise ValueError(f"state_dict must have groups of tasks {tasks[1]}, got {tasks[0]}")
         entries = []
         for saved, group in zip(groups, self.param_groups, strict=True):
             rule = self._rules(group)
@@ -528,7 +544,7 @@ class UpdateBalancer(torch.optim.Optimizer):
                 shape = (n_tasks, *p.shape) if stacked else tuple(p.shape)
                 got = {k: tuple(v.shape) for k, v in state.items()}
                 expected = dict.fromkeys(rule.state_names, shape)
-                if state and got != expected:
+                if (state or n_tasks is not None) and got != expected:
                     raise ValueError(
                         f"state_dict must hold {expected} for parameter {key}, got {got}"
                     )
@@ -658,7 +674,7 @@ class Pass:
         self.searched = True
 
     def finite(self) -> bool:
-        """Whether the gradients are finite; after a search the Gram's diagonal tells."""
+        """Whether gradients and updates are finite; after a search the Gram's diagonal tells."""
         if self.searched:
             return bool(self.buffer.gram(self.rows).diagonal().isfinite().all())
         return self.backend.all_finite(self.buffer.grads[: self.rows])

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import ops
+from .errors import NonFiniteError
 from .flat import as_vector, laid_like
 from .rules import Clippy, Rule
 
@@ -66,6 +67,19 @@ class PlainSteps:
         self._one = torch.ones(1, dtype=torch.float64, device=device)
         self._sigma = torch.ones(1, 1, dtype=torch.float64, device=device)
         self._gram = torch.zeros(1, 1, dtype=torch.float64, device=device)
+
+    def check(self, p: Parameter, grad: Tensor) -> None:
+        """Refuse a gradient that `step` could not take.
+
+        Raises:
+            NonFiniteError: it is NaN, infinite or too large to be squared.
+            RuntimeError: it is sparse.
+        """
+        named = f"the gradient of a parameter of shape {tuple(p.shape)}"
+        if grad.layout is not torch.strided:
+            raise RuntimeError(f"{named} is sparse ({grad.layout}): build it with sparse=False")
+        if not self._ops.all_finite(as_vector(laid_like(grad, p))):
+            raise NonFiniteError(f"{named} is not finite; the step was not made")
 
     def step(
         self,

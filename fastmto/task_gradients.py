@@ -54,8 +54,12 @@ def as_list(
                 f"shape {tuple(losses.shape)}"
             )
         values = list(losses.unbind())
-    else:
+    elif isinstance(losses, Sequence):
         values = list(losses)
+    else:
+        raise ValueError(
+            f"losses must be a tensor (T,), a sequence or a dict, got {type(losses).__name__}"
+        )
     if n_tasks is not None and len(values) != n_tasks:
         raise ValueError(f"losses must hold {n_tasks} tasks, got {len(values)}")
     for i, loss in enumerate(values):
@@ -66,6 +70,8 @@ def as_list(
             raise ValueError(f"{label} must be a scalar tensor, got {type(loss).__name__}")
         if loss.numel() != 1:
             raise ValueError(f"{label} must be a scalar, got shape {tuple(loss.shape)}")
+        if not loss.is_floating_point():
+            raise ValueError(f"{label} must be of a real floating dtype, got {loss.dtype}")
         if not loss.requires_grad:
             raise ValueError(
                 f"{label} is not attached to a graph: nothing it was computed from requires grad"

@@ -304,7 +304,7 @@ class _Clock:
 
 
 def _timing(steps: Steps, plain: bool) -> Timing:
-    """Medians over the steps of one and of several backwards, joined by their numbers.
+    """Lower quartiles over the steps of one and of several backwards, joined by their numbers.
 
     Args:
         steps: the log; its first tenth, up to 10 steps, is warming up and left out.

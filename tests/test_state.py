@@ -11,7 +11,7 @@ import torch
 from problems import batch, net
 
 import fastmto
-from fastmto.weightings import Bargaining
+from fastmto.weightings import Bargaining, Equal
 
 SETTINGS = {
     "default": {},
@@ -180,6 +180,35 @@ def test_a_state_with_other_moments_is_refused() -> None:
     with pytest.raises(ValueError, match="must hold the moments"):
         plain.load_state_dict(heavy.state_dict())
     assert [g["momentum"] for g in plain.param_groups] == [g["momentum"] for g in groups]
+
+
+def test_a_state_of_another_form_of_heads_or_weighting_changes_nothing() -> None:
+    def make(form, **kwargs):
+        model = net()
+        a, b = model.head_parameters()
+        tasks = {"lists": [a, b], "flat": [{"params": a}, {"params": b}]}[form]
+        return model, fastmto.PUB(model.trunk.parameters(), tasks, **kwargs)
+
+    def go(model, optimizer) -> None:
+        optimizer.backward(model.losses(batch(0)))
+        optimizer.step()
+
+    for mine, theirs, match in [
+        (make("lists"), make("flat"), "groups of tasks"),
+        (make("flat"), make("lists"), "groups of tasks"),
+        (make("lists", weighting=Equal()), make("lists", weighting=Bargaining()), "keeps no state"),
+        (make("lists"), make("lists", weighting=lambda g: g[0]), "must hold 'last'"),
+    ]:
+        go(*mine)
+        go(*theirs)
+        model, optimizer = mine
+        before = copy.deepcopy(optimizer.state_dict())
+        with pytest.raises(ValueError, match=match):
+            optimizer.load_state_dict(theirs[1].state_dict())
+        after = optimizer.state_dict()
+        assert after["param_groups"] == before["param_groups"]
+        assert after["fastmto"]["stats"] == before["fastmto"]["stats"]
+        go(model, optimizer)
 
 
 def test_a_state_from_before_the_first_step_starts_anew() -> None:

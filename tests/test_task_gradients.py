@@ -247,6 +247,11 @@ def test_losses_come_as_tensor_list_tuple_or_names() -> None:
         ([1.0, 2.0], r"losses\[0\] must be a scalar tensor, got float"),
         ([torch.ones(()), None], r"losses\[0\] is not attached to a graph"),
         ([None, None], r"at least one task"),
+        (3.0, r"losses must be a tensor \(T,\), a sequence or a dict, got float"),
+        (
+            [torch.ones((), dtype=torch.complex64, requires_grad=True), None],
+            r"losses\[0\] must be of a real floating dtype, got torch.complex64",
+        ),
         (torch.ones(2, 2, requires_grad=True), r"shape \(T,\).*\(2, 2\)"),
         (torch.ones((), requires_grad=True), r"shape \(T,\).*\(\)"),
         ({"a": torch.ones((), requires_grad=True)}, r"losses must name 2 tasks, got \['a'\]"),

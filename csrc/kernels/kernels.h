@@ -81,7 +81,8 @@ void delayed(const Update& update, const Step& step, double* gram);
 void combine(DType dtype, int tasks, std::int64_t numel, Matrix grads, const double* weights,
              void* out, int threads, Isa isa);
 
-// Whether none of rows x numel elements is NaN or infinite.
+// Whether none of rows x numel elements is NaN, infinite, or 2^63 (2^511 for f64) or larger in size,
+// so that all have squares in the compute type.
 bool all_finite(DType dtype, std::int64_t rows, std::int64_t numel, Matrix values, int threads,
                 Isa isa);
 

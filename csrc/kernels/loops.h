@@ -351,12 +351,12 @@ void combine(const void* const* grads, int tasks, const void* weights, void* out
                     });
 }
 
-// An exponent of all ones is infinite or NaN.
-template <class U, U exponent>
+// NaN, infinite or at least `limit` in size, by the bits of the exponent.
+template <class I, I exponent, I limit>
 bool finite(const void* values, std::int64_t n) {
-  typedef U Part __attribute__((vector_size(FASTMTO_VECTOR_BYTES)));
-  constexpr int lanes = FASTMTO_VECTOR_BYTES / sizeof(U);
-  const U* bits = static_cast<const U*>(values);
+  typedef I Part __attribute__((vector_size(FASTMTO_VECTOR_BYTES)));
+  constexpr int lanes = FASTMTO_VECTOR_BYTES / sizeof(I);
+  const I* bits = static_cast<const I*>(values);
   const Part mask = exponent - Part{};
   // The answer is looked at only now and then.
   constexpr std::int64_t stretch = 16384;
@@ -368,14 +368,14 @@ bool finite(const void* values, std::int64_t n) {
       fetch_ahead(bits + j);
       Part x;
       std::memcpy(&x, bits + j, sizeof x);
-      bad |= (Part)((x & mask) == mask);
+      bad |= (Part)((x & mask) >= limit);
     }
     for (int lane = 0; lane < lanes; ++lane) {
       if (bad[lane] != 0) return false;
     }
   }
   for (; j < n; ++j) {
-    if ((bits[j] & exponent) == exponent) return false;
+    if ((bits[j] & exponent) >= limit) return false;
   }
   return true;
 }
@@ -401,8 +401,10 @@ const Blocks FASTMTO_NAME(FASTMTO_ISA) = [] {
       FASTMTO_TABLE(apply),
       FASTMTO_TABLE(apply_known),
       {combine<float>, combine<double>, combine<BFloat16>, combine<Float16>},
-      {finite<std::uint32_t, 0x7f800000u>, finite<std::uint64_t, 0x7ff0000000000000u>,
-       finite<std::uint16_t, 0x7f80>, finite<std::uint16_t, 0x7c00>},
+      // 2^63 and 2^511, whose squares float and double still hold; all of float16 has squares.
+      {finite<std::int32_t, 0x7f800000, 0x5f000000>,
+       finite<std::int64_t, 0x7ff0000000000000, 0x5fe0000000000000>,
+       finite<std::int16_t, 0x7f80, 0x5f00>, finite<std::int16_t, 0x7c00, 0x7c00>},
   };
 }();
 

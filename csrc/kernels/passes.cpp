@@ -375,8 +375,19 @@ Move plan(const Update& update, const Step& step) {
 
 bool supported(Isa isa) {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  if (isa == Isa::v3) return __builtin_cpu_supports("x86-64-v3");
-  if (isa == Isa::v4) return __builtin_cpu_supports("x86-64-v4");
+  // gcc 11 knows the levels' features, but not the levels' names here.
+  const auto v3 = [] {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt") &&
+           __builtin_cpu_supports("movbe");
+  };
+  if (isa == Isa::v3) return v3();
+  if (isa == Isa::v4) {
+    return v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+  }
   return true;
 #else
   return isa == Isa::best || isa == Isa::baseline;

@@ -97,8 +97,10 @@ FASTMTO_INLINE Pack<S> mul_add(Pack<S> a, Pack<S> b, Pack<S> c) {
 //
 // Float maths on v4: y = 1/sqrt(v) to 14 bits, h = v y, then h (3 - h y) = 2 sqrt(v) to 26 bits (one
 // Newton step), and the quotient by a 14-bit 1/d, corrected once by its remainder. That needs v to
-// be a normal number: 1e-38 is added to it, which eps > 2e-12 hides (passes.cpp sees to that), and
-// an overflow counts as the largest number.
+// be a normal number: 1e-38 is added to it, which eps > 2e-12 hides (passes.cpp sees to that).
+//
+// An infinite v, the square of a number too large for S, gives NaN here, which the Gram's diagonal
+// shows: 0, its limit, would pass, and leave moments infinite for good.
 template <class S>
 FASTMTO_INLINE Pack<S> kept_from_zero(Pack<S> v) {
 #if FASTMTO_LEVEL == 4
@@ -112,7 +114,7 @@ FASTMTO_INLINE Pack<S> over_root(Pack<S> twice_n, Pack<S> v, Pack<S> twice_eps) 
 #if FASTMTO_LEVEL == 4
   if constexpr (sizeof(S) == 4) {
     const __m512 n = (__m512)twice_n.part[0];
-    const __m512 x = _mm512_min_ps(_mm512_set1_ps(3.4028235e38f), (__m512)v.part[0]);
+    const __m512 x = (__m512)v.part[0];
     const __m512 y = _mm512_rsqrt14_ps(x);
     const __m512 h = _mm512_mul_ps(x, y);
     const __m512 k = _mm512_fnmadd_ps(h, y, _mm512_set1_ps(3.0f));
@@ -126,7 +128,7 @@ FASTMTO_INLINE Pack<S> over_root(Pack<S> twice_n, Pack<S> v, Pack<S> twice_eps) 
   }
 #endif
   const Pack<S> s = root(v);
-  return twice_n / (s + s + twice_eps);
+  return twice_n / (s + s + (s - s) + twice_eps);
 }
 
 // Element types of tensors in memory.

@@ -31,7 +31,9 @@ The ops, with u_i the update that `rule` makes of g_i with the old moments (rule
                 state, task i's on g_i alone
     delayed     search and apply with the weights of an earlier search, in one pass
     combine     out (P,) = sum_i weights_i g_i
-    all_finite  whether no element is NaN or infinite
+    all_finite  whether no element is NaN, infinite or so large (2^63 where the maths is float32,
+                2^511 where it is float64) that moments of its square would be infinite for good;
+                in a search such an element makes its task's gram_ii NaN or infinite
 
 The maths is float32 for float32, bfloat16 and float16 inputs, and float64 for float64. Gram sums
 run in blocks in that precision and are combined in float64. All reductions have a fixed order:

@@ -322,7 +322,7 @@ def combine(grads: Tensor, weights: Tensor, out: Tensor, *, isa: int = 0) -> Non
 
 
 def all_finite(tensor: Tensor, *, isa: int = 0) -> bool:
-    """Whether no element is NaN or infinite; see `fastmto.ops`.
+    """Whether no element is NaN, infinite or too large to be squared; see `fastmto.ops`.
 
     Args:
         tensor: of a floating dtype of the ops; contiguous, or (T, P) with contiguous rows.

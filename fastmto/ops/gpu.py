@@ -233,5 +233,5 @@ def combine(grads: Tensor, weights: Tensor, out: Tensor) -> None:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; waits for the device."""
+    """Whether no element is NaN, infinite or too large to be squared; waits for the device."""
     return eager.all_finite(tensor)

@@ -65,26 +65,33 @@ def store_state(s0, s1, s2, offsets, mask, state, KIND: tl.constexpr):
 
 
 @triton.jit
+def root(v):
+    """sqrt(v), but NaN for an infinite v, the square of a number too large: the Gram shows it."""
+    s = tl.sqrt(v)
+    return s + (s - s)
+
+
+@triton.jit
 def advance(g, state, c, KIND: tl.constexpr):
     """One step of the plain rule on gradient g: the update u and the new state."""
     b1, d1, b2, d2, c1, c2, eps, mu = c
     if KIND == 0:
         m = b1 * state[0] + d1 * g
         v = b2 * state[1] + d2 * g * g
-        u = c1 * m / (c2 * tl.sqrt(v) + eps)
+        u = c1 * m / (c2 * root(v) + eps)
         new = (m, v)
     elif KIND == 1:
         v = state[0] + g * g
-        u = g / (tl.sqrt(v) + eps)
+        u = g / (root(v) + eps)
         new = (v,)
     else:
         v = b2 * state[0] + d2 * g * g
         new = (v,)
         if KIND == 4 or KIND == 5:
             q = b2 * state[KIND - 3] + d2 * g
-            u = g / (tl.sqrt(tl.maximum(v - q * q, 0.0)) + eps)
+            u = g / (root(tl.maximum(v - q * q, 0.0)) + eps)
         else:
-            u = g / (tl.sqrt(v) + eps)
+            u = g / (root(v) + eps)
         if KIND == 3 or KIND == 5:
             u = mu * state[1] + u
             new = new + (u,)
