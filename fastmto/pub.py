@@ -32,6 +32,9 @@ class PUB(UpdateBalancer):
     them, of updates without the learning rate. A parameter that its task does not reach in a
     step has a zero gradient (torch's optimizers would leave it out).
 
+    Memory beside the model: the (T, P) gradients, the rule's moments and O(T^2). During
+    `backward` autograd's own gradients of one task are there too, until they are copied.
+
     The shared parameters' `.grad` stays None: their gradients are rows of
     `optimizer.gradients.rows`, so `clip_grad_norm_` on the model sees the heads alone.
 
