@@ -1,0 +1,44 @@
+"""What balancing adds to the peak memory of a process, as the system counts it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("resource")
+
+NUMEL, TASKS = 1 << 23, 3
+SCRIPT = """
+import resource, sys, torch, fastmto
+torch.set_num_threads(1)
+numel, tasks = int(sys.argv[2]), int(sys.argv[3])
+shared = torch.nn.Parameter(torch.zeros(numel))
+direction = torch.randn(numel)
+step = fastmto.PUB([torch.nn.Parameter(torch.zeros(3))], [[]])  # all imports are paid by both
+if sys.argv[1] == "pub":
+    optimizer = fastmto.PUB([shared], [[] for _ in range(tasks)], update_weights_every=1)
+for _ in range(3):
+    losses = [(shared * direction).sum() * (i + 1) for i in range(tasks)]
+    if sys.argv[1] == "pub":
+        optimizer.backward(losses)
+        optimizer.step()
+    else:
+        for i, loss in enumerate(losses):
+            torch.autograd.grad(loss, [shared])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak_bytes(what: str) -> int:
+    command = [sys.executable, "-c", SCRIPT, what, str(NUMEL), str(TASKS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_a_search_adds_the_task_gradients_and_moments_to_the_bare_backwards() -> None:
+    """T rows of gradients and two moments; nothing else of the size of the parameters."""
+    vectors = (peak_bytes("pub") - peak_bytes("bare")) / (4 * NUMEL)
+    assert TASKS + 2 - 0.3 < vectors < TASKS + 2 + 0.3
