@@ -18,20 +18,22 @@ constexpr double kCosineSlack = 1e-3;
 constexpr double kAsymmetry = 1e-5;
 constexpr int kMaxNewton = 100;
 constexpr int kMaxLineSearch = 40;
-constexpr int kMaxInterior = 30;
+constexpr int kMaxInterior = 60;
 constexpr int kMaxBarrier = 500;
 constexpr double kStepTolerance = 1e-9;
 // Interior point: relative gap and residuals at which the polish takes over.
-constexpr double kGap = 1e-9;
+constexpr double kGap = 1e-12;
 constexpr double kFeasible = 1e-8;
 // Barrier: its relative gap, and the one accepted where rounding ends the path before.
-constexpr double kBarrierGap = 1e-8;
+constexpr double kBarrierGap = 1e-12;
 constexpr double kRoundedGap = 1e-6;
 // Polish: a constraint is active if lam > kActive * z * (objective); its equation is softened by
 // kSoftness / lam.
 constexpr double kActive = 1e-3;
 constexpr double kSoftness = 1e-8;
 constexpr int kMaxPolish = 8;
+// Diagonal entries beyond this make a free and a dependent change trade places.
+constexpr double kPivot = 4.0;
 
 FASTMTO_INLINE double max_of(double a, double b) { return a > b ? a : b; }
 FASTMTO_INLINE double min_of(double a, double b) { return a < b ? a : b; }
@@ -62,15 +64,20 @@ struct Exact {
 
 struct Interior {
   double* m;      // M at the exact solution
-  double* n;      // diag(1/s) M diag(y)
+  double* n;      // how the dependent relative changes follow the free ones: see basis()
   double* h;      // normal matrix
-  double* c;      // objective
+  double* c;      // q + M w
+  double* q;      // objective q'y + w's
+  double* w;
   double* v;      // 1 / a*
   double* y_prev;
+  double* s_prev;
   double* vertex;  // inverse pivots of the factor of diag(p) + M
   double* slope;   // (diag(p) + M)^-1 c
   double* y;
-  double* s;      // M y
+  double* s;      // M y, kept beside y: it cannot be computed from y where it is much smaller
+  double* free_s; // 1 where the change of s is free and that of y dependent, else 0
+  double* drift;  // in the dependent change: what takes s - M y to 0
   double* lam;
   double* z;
   double* u;
@@ -105,12 +112,17 @@ FASTMTO_INLINE Interior carve_interior(int n, int ld, Arena* arena) {
   f.n = arena->take(matrix);
   f.h = arena->take(matrix);
   f.c = arena->take(ld);
+  f.q = arena->take(ld);
+  f.w = arena->take(ld);
   f.v = arena->take(ld);
   f.y_prev = arena->take(ld);
+  f.s_prev = arena->take(ld);
   f.vertex = arena->take(ld);
   f.slope = arena->take(ld);
   f.y = arena->take(ld);
   f.s = arena->take(ld);
+  f.free_s = arena->take(ld);
+  f.drift = arena->take(ld);
   f.lam = arena->take(ld);
   f.z = arena->take(ld);
   f.u = arena->take(ld);
@@ -375,22 +387,55 @@ FASTMTO_INLINE Status exact_body(const Problem& problem, const double* warm_star
   return status;
 }
 
-// N = diag(1/s) M diag(y); N 1 = 1.
-FASTMTO_INLINE void scaled_jacobian(int n, int ld, const Interior& f) {
+// The relative changes u of y and e of s = M y obey e = diag(1/s) M diag(y) u, whose entries grow
+// without bound where some s is much smaller than the y (lengths of the updates decades apart), and
+// squared in the normal matrix. So wherever a diagonal entry is large the two change roles: f.n
+// maps the free changes (of s where f.free_s, else of y) to the dependent ones, with entries of
+// order 1 after scaling by the roots of y s. These are principal pivots of a PSD matrix, the
+// largest diagonal entry first.
+FASTMTO_INLINE void basis(int n, int ld, const Interior& f) {
   for (int i = 0; i < n; ++i) {
     const double inverse = 1.0 / f.s[i];
     const double* m = f.m + static_cast<std::ptrdiff_t>(i) * ld;
     double* row = f.n + static_cast<std::ptrdiff_t>(i) * ld;
     for (int j = 0; j < ld; j += kLanes) pack(row + j) = inverse * pack(m + j) * pack(f.y + j);
   }
+  for (int j = 0; j < ld; ++j) f.free_s[j] = 0.0;
+  const std::ptrdiff_t next = ld + 1;  // along the diagonal
+  for (int count = 0; count < 2 * n; ++count) {
+    int k = 0;
+    for (int i = 1; i < n; ++i) k = f.n[i * next] > f.n[k * next] ? i : k;
+    double* pivot_row = f.n + static_cast<std::ptrdiff_t>(k) * ld;
+    const double pivot = pivot_row[k];
+    if (!(pivot > kPivot)) break;
+    const double inverse = 1.0 / pivot;
+    for (int j = 0; j < ld; j += kLanes) pack(pivot_row + j) *= -inverse;
+    pivot_row[k] = inverse;
+    for (int i = 0; i < n; ++i) {
+      if (i == k) continue;
+      double* row = f.n + static_cast<std::ptrdiff_t>(i) * ld;
+      const double x = row[k];
+      row[k] = 0.0;
+      for (int j = 0; j < ld; j += kLanes) pack(row + j) += x * pack(pivot_row + j);
+    }
+    f.free_s[k] = 1.0 - f.free_s[k];
+  }
 }
 
-// out = N u = (1/s) .* M (y .* u); t is scratch.
-FASTMTO_INLINE void jacobian_product(int n, int ld, const Interior& f, const double* u, double* out,
-                                     double* t) {
-  for (int j = 0; j < ld; j += kLanes) pack(t + j) = pack(f.y + j) * pack(u + j);
-  transposed_product(n, ld, f.m, t, out);
-  for (int i = 0; i < n; ++i) out[i] /= f.s[i];
+// e = N u + drift, the dependent changes.
+FASTMTO_INLINE void dependent(int n, int ld, const Interior& f) {
+  for (int i = 0; i < n; ++i)
+    f.e[i] = dot(ld, f.n + static_cast<std::ptrdiff_t>(i) * ld, f.u) + f.drift[i];
+  for (int i = n; i < ld; ++i) f.e[i] = 0.0;
+}
+
+// y, s moved by t times the changes in f.u (free) and f.e (dependent).
+FASTMTO_INLINE void move_by(int n, double t, const Interior& f) {
+  for (int i = 0; i < n; ++i) {
+    const bool swapped = f.free_s[i] != 0.0;
+    f.y[i] *= 1.0 + t * (swapped ? f.e[i] : f.u[i]);
+    f.s[i] *= 1.0 + t * (swapped ? f.u[i] : f.e[i]);
+  }
 }
 
 // h = diag(lam + D) + D N + N'D + N' (diag(lam) + D) N, D = lam / z; e = lam + D.
@@ -422,44 +467,66 @@ FASTMTO_INLINE double step_to_boundary(int n, const double* x, const double* dx)
   return t;
 }
 
-// One Newton direction of the interior point: u = dy / y, dz, dlam for the complementarity
-// residual rc (in f.dz on entry: rc / z). e and rd, rp are those of the current point.
+// One Newton direction of the interior point: the free changes u, the dependent ones e, dz, dlam
+// for the complementarity residual rc (in f.dz on entry: rc / z). rd, rp are those of the current
+// point.
 FASTMTO_INLINE void direction(int n, int ld, const Interior& f, const double* inverse) {
   for (int i = 0; i < n; ++i) f.dlam[i] = -f.dz[i] - f.lam[i] / f.z[i] * f.rp[i];
   for (int i = n; i < ld; ++i) f.dlam[i] = 0.0;
   transposed_product(n, ld, f.n, f.dlam, f.u);
   for (int j = 0; j < ld; j += kLanes) pack(f.u + j) += pack(f.dlam + j) - pack(f.rd + j);
   solve(n, ld, f.h, inverse, f.u);
-  jacobian_product(n, ld, f, f.u, f.e, f.t);  // e = N u from here on
+  dependent(n, ld, f);
   for (int i = 0; i < n; ++i) {
-    const double dz = f.u[i] + f.e[i] + f.rp[i];
+    const double dz = f.u[i] + (f.e[i] - f.drift[i]) + f.rp[i];
     f.dlam[i] = -f.dz[i] - f.lam[i] / f.z[i] * dz;
     f.dz[i] = dz;
   }
 }
 
-// Residuals at f.y, f.lam: s = M y, N, rp_i = log(y_i s_i / p_i), rd = y .* c - (I + N)' lam.
+// Residuals at f.y, f.s, f.lam, with N: rp_i = log(y_i s_i / p_i) and the drift,
+// rd = g + N'g', g and g' the free and the dependent entries of (q .* y - lam, w .* s - lam).
 // Returns the largest |rd|.
 FASTMTO_INLINE double residuals(int n, int ld, const Exact& ex, const Interior& f) {
-  transposed_product(n, ld, f.m, f.y, f.s);
-  for (int i = 0; i < n; ++i) f.rp[i] = std::log(f.y[i] * f.s[i] / ex.p[i]);
-  scaled_jacobian(n, ld, f);
-  transposed_product(n, ld, f.n, f.lam, f.rd);
+  basis(n, ld, f);
+  transposed_product(n, ld, f.m, f.y, f.t);
+  for (int i = 0; i < n; ++i) {
+    const double rho = (f.s[i] - f.t[i]) / f.s[i];
+    f.u[i] = f.free_s[i] != 0.0 ? rho : 0.0;
+    f.drift[i] = f.free_s[i] != 0.0 ? 0.0 : -rho;
+  }
+  for (int i = n; i < ld; ++i) f.u[i] = f.t[i] = 0.0;
+  dependent(n, ld, f);
+  for (int i = 0; i < n; ++i) {
+    f.drift[i] = f.e[i];
+    f.rp[i] = std::log(f.y[i] * f.s[i] / ex.p[i]) + f.drift[i];
+    const double of_y = f.q[i] * f.y[i] - f.lam[i];
+    const double of_s = f.w[i] * f.s[i] - f.lam[i];
+    f.u[i] = f.free_s[i] != 0.0 ? of_s : of_y;
+    f.t[i] = f.free_s[i] != 0.0 ? of_y : of_s;
+  }
+  transposed_product(n, ld, f.n, f.t, f.rd);
   double dual = 0.0;
   for (int i = 0; i < n; ++i) {
-    f.rd[i] = f.c[i] * f.y[i] - f.lam[i] - f.rd[i];
+    f.rd[i] += f.u[i];
     dual = max_of(dual, std::fabs(f.rd[i]));
   }
   return dual;
+}
+
+// The objective, without the cancellation of c'y.
+FASTMTO_INLINE double objective(int ld, const Interior& f) {
+  return dot(ld, f.q, f.y) + dot(ld, f.w, f.s);
 }
 
 // Newton on the optimality conditions with the constraints that the interior point found active as
 // equations, each softened by a small multiple of its multiplier's change (which vanishes at the
 // solution and keeps the matrix definite). Leaves f.y as it is where that does not succeed.
 FASTMTO_INLINE void polish(int n, int ld, const Exact& ex, const Interior& f) {
-  const double value = dot(ld, f.c, f.y);
+  const double value = objective(ld, f);
   for (int i = 0; i < n; ++i) {
     f.slope[i] = f.y[i];
+    f.s_prev[i] = f.s[i];
     const bool active = f.lam[i] > f.z[i] * kActive * value;
     if (!active) f.lam[i] = 0.0;
     f.z[i] = kSoftness;
@@ -475,13 +542,12 @@ FASTMTO_INLINE void polish(int n, int ld, const Exact& ex, const Interior& f) {
     direction(n, ld, f, ex.d_inv);
     const double before = move;
     move = 0.0;
-    for (int i = 0; i < n; ++i) move = max_of(move, std::fabs(f.u[i]));
+    for (int i = 0; i < n; ++i)
+      move = max_of(move, max_of(std::fabs(f.u[i]), std::fabs(f.e[i])));
     if (move > 0.5 * before) break;  // rounding
     good = move < 1e-2;
-    for (int i = 0; i < n; ++i) {
-      f.y[i] *= 1.0 + f.u[i];
-      f.lam[i] += f.dlam[i];
-    }
+    move_by(n, 1.0, f);
+    for (int i = 0; i < n; ++i) f.lam[i] += f.dlam[i];
   }
   good &= move < 1e-9;
   if (good) {
@@ -489,27 +555,32 @@ FASTMTO_INLINE void polish(int n, int ld, const Exact& ex, const Interior& f) {
     for (int i = 0; i < n; ++i) good &= f.lam[i] >= 0.0 && f.rp[i] >= -1e-12;
   }
   if (!good) {
-    for (int i = 0; i < n; ++i) f.y[i] = f.slope[i];
+    for (int i = 0; i < n; ++i) {
+      f.y[i] = f.slope[i];
+      f.s[i] = f.s_prev[i];
+    }
   }
 }
 
 // argmin c'y s.t. y_i s_i >= p_i, s = M y, by following the central path of
 //   tau c'y - sum_i log(y_i s_i - p_i),
-// which is self-concordant: damped Newton steps converge from anywhere. Slower than primal_dual()
-// and without its (rare) failures. f.y, f.lam, f.z as there.
+// which is self-concordant: damped Newton steps converge from anywhere. Slower than primal_dual(),
+// for the rare problems on which that one stalls. f.y, f.lam, f.z as there.
 FASTMTO_INLINE Status barrier(int n, int ld, const Exact& ex, const Interior& f,
                               std::int32_t* iterations) {
-  for (int j = 0; j < n; ++j) f.y[j] = 1.5;
-  for (int j = n; j < ld; ++j) f.y[j] = f.lam[j] = f.z[j] = f.rd[j] = 0.0;
+  for (int j = 0; j < n; ++j) {
+    f.y[j] = 1.5;
+    f.s[j] = 1.5 * ex.p[j];
+  }
+  for (int j = n; j < ld; ++j) f.y[j] = f.s[j] = f.lam[j] = f.z[j] = f.rd[j] = 0.0;
   double tau = 0.0;
   double centred = 0.0;  // tau of the last point on the path, kept in f.slope
   for (int k = 0; k < kMaxBarrier; ++k) {
     ++*iterations;
-    const double value = dot(ld, f.c, f.y);
+    const double value = objective(ld, f);
     if (!(value > 0.0)) return Status::kUnbounded;
     if (!(value <= DBL_MAX)) return Status::kMaxIterations;
     if (k == 0) tau = 2.0 * n / value;
-    transposed_product(n, ld, f.m, f.y, f.s);
     bool inside = true;
     for (int i = 0; i < n; ++i) {
       const double excess = f.y[i] * f.s[i] / ex.p[i] - 1.0;
@@ -528,18 +599,22 @@ FASTMTO_INLINE Status barrier(int n, int ld, const Exact& ex, const Interior& f,
       for (int j = 0; j < ld; j += kLanes) pack(f.u + j) = -pack(f.rd + j);
       solve(n, ld, f.h, ex.d_inv, f.u);
       decrement = std::sqrt(max_of(-tau * dot(ld, f.rd, f.u), 0.0));
+      dependent(n, ld, f);
     }
     if (decrement < 0.25) {
       centred = tau;
-      for (int i = 0; i < n; ++i) f.slope[i] = f.y[i];
+      for (int i = 0; i < n; ++i) {
+        f.slope[i] = f.y[i];
+        f.s_prev[i] = f.s[i];
+      }
     }
     const double gap = 2.0 * n / value;  // times 1 / tau
     // Off the path only by rounding, which ends it; the last point on it may be good enough.
     if (!inside || (decrement < 0.25 && gap <= kBarrierGap * tau)) {
       if (!(gap <= kRoundedGap * centred)) return Status::kMaxIterations;
-      for (int i = 0; i < n; ++i) f.y[i] = f.slope[i];
-      transposed_product(n, ld, f.m, f.y, f.s);
       for (int i = 0; i < n; ++i) {
+        f.y[i] = f.slope[i];
+        f.s[i] = f.s_prev[i];
         const double excess = f.y[i] * f.s[i] / ex.p[i] - 1.0;
         f.z[i] = std::log1p(excess);
         f.lam[i] = (1.0 + 1.0 / excess) / centred;
@@ -547,7 +622,7 @@ FASTMTO_INLINE Status barrier(int n, int ld, const Exact& ex, const Interior& f,
       return Status::kSolved;
     }
     const double t = decrement < 0.25 ? 1.0 : 1.0 / (1.0 + decrement);
-    for (int i = 0; i < n; ++i) f.y[i] *= 1.0 + t * f.u[i];
+    move_by(n, t, f);
     if (decrement < 0.25) tau = min_of(10.0 * tau, 1.01 * gap / kBarrierGap);
   }
   return Status::kMaxIterations;
@@ -557,24 +632,32 @@ FASTMTO_INLINE Status barrier(int n, int ld, const Exact& ex, const Interior& f,
 // z = log y + log(M y) - log p and multipliers lam. f.y holds the answer.
 FASTMTO_INLINE Status primal_dual(int n, int ld, const Exact& ex, const Interior& f,
                                      std::int32_t* iterations) {
-  const double start = 0.5 * total(ld, f.c) * 1.5 / n;  // sum lam = c'y / 2 at the solution
+  double start = 0.0;  // sum lam = (q'y + w's) / 2 at the solution
+  for (int j = 0; j < n; ++j) start += 0.75 * (f.q[j] + f.w[j] * ex.p[j]) / n;
   for (int j = 0; j < n; ++j) {
     f.y[j] = 1.5;
+    f.s[j] = 1.5 * ex.p[j];
     f.z[j] = 2.0 * std::log(1.5);
     f.lam[j] = start;
   }
-  for (int j = n; j < ld; ++j) f.y[j] = f.lam[j] = f.z[j] = f.rd[j] = f.rp[j] = 0.0;
+  for (int j = n; j < ld; ++j)
+    f.y[j] = f.s[j] = f.lam[j] = f.z[j] = f.rd[j] = f.rp[j] = 0.0;
   // y > 0 and M y > 0 throughout, so that a large enough multiple of y is always feasible.
   for (int k = 0; k <= kMaxInterior; ++k) {
     *iterations = k;
-    const double value = dot(ld, f.c, f.y);
+    const double value = objective(ld, f);
     if (!(value > 0.0)) return Status::kUnbounded;
     if (!(value <= DBL_MAX)) return Status::kMaxIterations;
     const double dual = residuals(n, ld, ex, f);
-    double primal = 0.0, gap = 0.0;
+    double primal = 0.0, carried = 0.0, gap = 0.0;
     for (int i = 0; i < n; ++i) {
+      // The logarithm bends: a long step leaves another slack than the linearised constraint
+      // foresaw. Where it is a slack it is taken as it is; carried as a residual it keeps the gap
+      // from closing.
+      if (f.rp[i] > 0.1 * f.z[i]) f.z[i] = f.rp[i];
       f.rp[i] -= f.z[i];
       primal = max_of(primal, std::fabs(f.rp[i]));
+      carried += f.lam[i] * std::fabs(f.rp[i]);
       gap += f.lam[i] * f.z[i];
     }
     if (dual <= kFeasible * value && primal <= kFeasible && gap <= kGap * value)
@@ -592,7 +675,7 @@ FASTMTO_INLINE Status primal_dual(int n, int ld, const Exact& ex, const Interior
     const double ratio = reached / gap;
     // Not below what the residuals are worth: complementarity that runs ahead of them only makes
     // the matrix singular.
-    const double floor = max_of(0.1 * kGap * value, 0.01 * max_of(dual, primal * value));
+    const double floor = max_of(0.1 * kGap * value, 0.01 * max_of(dual, carried));
     const double mu = max_of(ratio * ratio * ratio * gap, floor) / n;
     // Corrector.
     for (int i = 0; i < n; ++i) f.dz[i] = f.lam[i] + (f.dlam[i] * f.dz[i] - mu) / f.z[i];
@@ -603,8 +686,8 @@ FASTMTO_INLINE Status primal_dual(int n, int ld, const Exact& ex, const Interior
       if (f.e[i] < 0.0) t = min_of(t, -1.0 / f.e[i]);  // M y > 0
     }
     t = min_of(1.0, 0.99 * t);
+    move_by(n, t, f);
     for (int i = 0; i < n; ++i) {
-      f.y[i] *= 1.0 + t * f.u[i];
       f.z[i] += t * f.dz[i];
       f.lam[i] += t * f.dlam[i];
     }
@@ -616,29 +699,38 @@ FASTMTO_INLINE Status primal_dual(int n, int ld, const Exact& ex, const Interior
 FASTMTO_INLINE Status outer_step(int n, int ld, double p_scale, const Exact& ex, const Interior& f,
                                  std::int32_t* iterations) {
   *iterations = 0;
-  // c = p_scale M v + 1/y_prev + M (1 / (M y_prev)), scaled to a largest entry of 1.
-  transposed_product(n, ld, f.m, f.y_prev, f.t);
-  for (int i = 0; i < n; ++i) f.e[i] = p_scale * f.v[i] + 1.0 / f.t[i];
-  for (int i = n; i < ld; ++i) f.e[i] = f.t[i] = 0.0;
-  transposed_product(n, ld, f.m, f.e, f.c);
+  // q = 1/y_prev, w = p_scale v + 1 / (M y_prev); c = q + M w scaled to a largest entry of 1.
+  for (int i = 0; i < n; ++i) {
+    f.q[i] = 1.0 / f.y_prev[i];
+    f.w[i] = p_scale * f.v[i] + 1.0 / f.s_prev[i];
+  }
+  for (int i = n; i < ld; ++i) f.q[i] = f.w[i] = 0.0;
+  transposed_product(n, ld, f.m, f.w, f.c);
   double peak = 0.0;
   bool finite = true;
   for (int i = 0; i < n; ++i) {
-    f.c[i] += 1.0 / f.y_prev[i];
+    f.c[i] += f.q[i];
     finite &= std::fabs(f.c[i]) <= DBL_MAX;
     peak = max_of(peak, std::fabs(f.c[i]));
   }
   // Some (G a)_i = 0: the linearisation does not exist. All of c = 0: everything is a minimum.
   if (!finite || !(peak > 0.0)) return Status::kUnbounded;
-  for (int i = 0; i < n; ++i) f.slope[i] = f.c[i] /= peak;
+  for (int i = 0; i < n; ++i) {
+    f.slope[i] = f.c[i] /= peak;
+    f.q[i] /= peak;
+    f.w[i] /= peak;
+  }
   for (int i = n; i < ld; ++i) f.slope[i] = f.c[i] = 0.0;
   // Multipliers at y = 1: all constraints active, c = (diag(p) + M) slope.
   solve(n, ld, ex.a, f.vertex, f.slope);
   double smallest = DBL_MAX;
   for (int i = 0; i < n; ++i) smallest = min_of(smallest, f.slope[i]);
   if (smallest >= 0.0) {
-    for (int i = 0; i < n; ++i) f.y[i] = 1.0;
-    for (int i = n; i < ld; ++i) f.y[i] = 0.0;
+    for (int i = 0; i < n; ++i) {
+      f.y[i] = 1.0;
+      f.s[i] = ex.p[i];
+    }
+    for (int i = n; i < ld; ++i) f.y[i] = f.s[i] = 0.0;
     return Status::kSolved;
   }
   Status status = primal_dual(n, ld, ex, f, iterations);
@@ -664,7 +756,7 @@ FASTMTO_INLINE Status whiten(const Problem& problem, int ld, const Exact& ex, co
   if (!factor<4>(n, ld, ex.a, f.vertex)) return Status::kNotPsd;
   const double length = std::sqrt(*p_scale);
   for (int i = 0; i < n; ++i) f.v[i] = 1.0 / (ex.y[i] * ex.s[i] * length);
-  for (int i = n; i < ld; ++i) f.v[i] = f.y_prev[i] = 0.0;
+  for (int i = n; i < ld; ++i) f.v[i] = f.y_prev[i] = f.s_prev[i] = 0.0;
   return status;
 }
 
@@ -683,6 +775,7 @@ FASTMTO_INLINE Status ccp_body(const Problem& problem, const double* start, int 
   info->residual = 0.0;
   if (status != Status::kSolved) return status;
   for (int i = 0; i < n; ++i) f.y_prev[i] = start == nullptr ? f.v[i] : start[i] * f.v[i];
+  transposed_product(n, ld, f.m, f.y_prev, f.s_prev);
   for (int k = 1; k <= (single ? 1 : max_steps); ++k) {
     std::int32_t inner;
     status = outer_step(n, ld, p_scale, ex, f, &inner);
@@ -692,6 +785,7 @@ FASTMTO_INLINE Status ccp_body(const Problem& problem, const double* start, int 
     for (int i = 0; i < n; ++i) {
       change = max_of(change, std::fabs(f.y[i] / f.y_prev[i] - 1.0));
       f.y_prev[i] = f.y[i];
+      f.s_prev[i] = f.s[i];
     }
     info->residual = change;
     if (change <= max_of(tol, kStepTolerance)) break;

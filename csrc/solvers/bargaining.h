@@ -53,7 +53,7 @@ constexpr std::size_t exact_workspace(int tasks) {
 }
 constexpr std::size_t ccp_workspace(int tasks) {
   const std::size_t t = static_cast<std::size_t>(tasks);
-  return (t + 7) / 8 * 8 * (5 * t + 24);
+  return (t + 7) / 8 * 8 * (5 * t + 29);
 }
 
 // Equation (1) by damped Newton on the correlation matrix; closed forms for T <= 2.

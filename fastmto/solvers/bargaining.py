@@ -68,8 +68,9 @@ def bargaining(
         phi'(a) = 1/a + G (1/(G a))
 
     Its fixed point need not be the exact solution and depends on the lengths of the updates. The
-    subproblems are solved to about 1e-10, to 1e-5 where a constraint is only just active; the
-    Frobenius normalisation of the published code cancels and is left out.
+    subproblems are solved to about 1e-10 for lengths spread over up to 12 decades, to 1e-5 where a
+    constraint is only just active; the Frobenius normalisation of the published code cancels and is
+    left out.
 
     Failures that depend on the numbers are a status, not an exception:
 
@@ -81,8 +82,9 @@ def bargaining(
         near_stationary  no solution, or nearer to Pareto stationarity than float64 can resolve
         unbounded        ccp: the problem linearised at the start has no finite minimum
                          (some (G a)_i <= 0 there)
-        max_iterations   the tolerance was not reached (seen only with ccp, close to Pareto
-                         stationarity and from a start with some (G a)_i <= 0)
+        max_iterations   the tolerance was not reached (seen only with ccp, from a start with some
+                         (G a)_i <= 0, for a kappa above 1e9 or, rarely, for a singular G with
+                         lengths spread over several decades)
 
     Args:
         gram: (T, T) array or tensor of any floating dtype and layout, symmetric up to rounding
