@@ -198,7 +198,8 @@ def report(
         ours_ms=1e3 * times.best("ours"),
         **{"ours_GB/s": speed, **rates},
         bandwidth=against,
-        fraction_of_bandwidth=speed / rates[f"{against}_GB/s"],
+        fraction_of_bandwidth=bandwidth.fraction(times, n_bytes, against),
+        best_over_best_bandwidth=speed / rates[f"{against}_GB/s"],
     )
     for name in times.seconds:
         if name in ("eager", "compile", "published", "published_20", "fused_adam"):

@@ -102,8 +102,24 @@ class Bandwidth:
             "add": lambda i: v[i][0].add_(v[i][1], alpha=0.0),
         }
 
+    def fraction(self, times: Times, n_bytes: float, against: str) -> float:
+        """Median over rounds of the speed of "ours", n_bytes a call, over the round's bandwidth:
+        the bandwidth of a shared machine is another one from round to round."""
+        reads, updates = {"read_sum": 1, "read_dot": 2}, {"copy": 2, "scale": 2, "add": 3}
+        vectors = reads if against == "read" else updates
+        fractions = []
+        for r, ours in enumerate(times.seconds["ours"]):
+            rates = [
+                n * 4 * self.numel / t
+                for name, n in vectors.items()
+                if (t := times.seconds[name][r]) is not None
+            ]
+            if ours is not None and rates:
+                fractions.append(n_bytes / ours / max(rates))
+        return statistics.median(fractions)
+
     def gigabytes_per_second(self, times: Times) -> dict[str, float]:
-        """read: bytes read; update: bytes read plus bytes written."""
+        """read: bytes read; update: bytes read plus bytes written. Best rounds."""
         size = 4e-9 * self.numel
         read = max(size / times.best("read_sum"), 2 * size / times.best("read_dot"))
         update = max(

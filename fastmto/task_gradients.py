@@ -179,9 +179,11 @@ class TaskGradients:
         joint = {i: loss for i, loss in present if i not in apart}
         add = not self._empty
         if joint:
-            total = torch.stack([weights[i] * loss.reshape(()) for i, loss in joint.items()]).sum()
             heads = [h for h, owner in enumerate(self.owners) if owner in joint]
-            grads, head_grads = self._backward(total, heads, retain=bool(apart))
+            shares = [weights[i] for i in joint]
+            grads, head_grads = self._backward(
+                list(joint.values()), shares, heads, retain=bool(apart)
+            )
             self._take(list(joint), grads, row=0, add=add)
             for h, own in head_grads.items():
                 owner = self.owners[h]
@@ -204,7 +206,7 @@ class TaskGradients:
         returned; the others are taken."""
         seen = self.inspected[i]
         heads = [h for h, owner in enumerate(self.owners) if owner in (i, None) or not seen]
-        grads, head_grads = self._backward(loss, heads, retain=retain)
+        grads, head_grads = self._backward([loss], [1.0], heads, retain=retain)
         self._take([i], grads, row=row, add=add, weight=weight)
         self.reaches[i] = any(grad is not None for grad in grads)
         if not seen:
@@ -215,12 +217,22 @@ class TaskGradients:
         return [(i, head_grads)] if head_grads else []
 
     def _backward(
-        self, loss: Tensor, heads: Sequence[int], *, retain: bool
+        self,
+        losses: Sequence[Tensor],
+        weights: Sequence[float],
+        heads: Sequence[int],
+        *,
+        retain: bool,
     ) -> tuple[Sequence[Tensor | None], HeadGrads]:
-        """d loss / d shared and d loss / d heads; None where the loss does not reach."""
+        """The gradients of sum_i weights_i losses_i on the shared parameters and on heads; None
+        where no loss reaches."""
         inputs = [*self._shared, *(p for h in heads for p in self._heads[h])]
         grads = torch.autograd.grad(
-            _root(loss), inputs, torch.ones_like(loss), retain_graph=retain, allow_unused=True
+            [_root(loss) for loss in losses],  # type: ignore[arg-type]
+            inputs,
+            [torch.full_like(loss, a) for loss, a in zip(losses, weights, strict=True)],
+            retain_graph=retain,
+            allow_unused=True,
         )
         self.backwards += 1
         for k, (p, grad) in enumerate(zip(inputs, grads, strict=True)):
