@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from . import ops
+from .errors import NonFiniteError
+from .flat import as_vector, laid_like
+from .group_rules import GroupRules, check_state_names, state_dtype
 from .groups import Parameters, check_distinct, check_lr, groups_of
-from .plain import GroupRules, PlainSteps
-from .rules import Adam, Clippy
+from .rules import Adam, Clippy, Rule
 
 
 class ClippyAdam(torch.optim.Optimizer):
@@ -65,7 +69,10 @@ class ClippyAdam(torch.optim.Optimizer):
     def _build(self) -> None:
         device = self.param_groups[0]["params"][0].device
         self._rules = GroupRules(self._rule)
-        self._plain = PlainSteps(ops.on(device), self._clippy, device)
+        self._ops = ops.on(device)
+        self._one = torch.ones(1, dtype=torch.float64, device=device)
+        self._sigma = torch.ones(1, 1, dtype=torch.float64, device=device)
+        self._gram = torch.zeros(1, 1, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -92,11 +99,67 @@ class ClippyAdam(torch.optim.Optimizer):
             if p.grad is not None
         ]
         for _, _, p, grad in jobs:
-            self._plain.check(p, grad)
+            self._check(p, grad)
         for rule, group, p, grad in jobs:
-            self._plain.step(rule, group, p, grad, self.state[p])
+            self._move(rule, group, p, grad)
         torch.autograd.graph.increment_version([p for _, _, p, _ in jobs])
         return result
+
+    def _check(self, p: Parameter, grad: Tensor) -> None:
+        """Refuse a gradient that `_move` could not take."""
+        named = f"the gradient of a parameter of shape {tuple(p.shape)}"
+        if grad.layout is not torch.strided:
+            raise RuntimeError(f"{named} is sparse ({grad.layout}): build it with sparse=False")
+        if not self._ops.all_finite(as_vector(laid_like(grad, p))):
+            raise NonFiniteError(f"{named} is not finite; the step was not made")
+
+    def _move(self, rule: Rule, group: Mapping[str, Any], p: Parameter, grad: Tensor) -> None:
+        """One step of one parameter and its state, which is filled at the first."""
+        state = self.state[p]
+        if not state:
+            state["step"] = 0
+            for name in rule.state_names:
+                state[name] = torch.full_like(
+                    p, rule.initial(name), dtype=state_dtype(p.dtype), requires_grad=False
+                )
+        check_state_names(rule, [name for name in state if name != "step"])
+        state["step"] += 1
+        lr, segments = float(group["lr"]), torch.tensor([0, p.numel()])
+        arguments = (
+            rule,
+            int(state["step"]),
+            as_vector(laid_like(grad, p))[None],
+            tuple(as_vector(state[name]) for name in rule.state_names),
+        )
+        self._ops.search(
+            *arguments,
+            self._gram,
+            clippy=self._clippy,
+            params=as_vector(p),
+            lr=lr,
+            segments=segments,
+            sigma=self._sigma,
+        )
+        self._ops.apply(
+            *arguments,
+            as_vector(p),
+            self._one,
+            lr,
+            float(group["weight_decay"]),
+            segments=segments,
+            sigma=self._sigma,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which would round the moments to the parameters' dtype."""
+        super().load_state_dict(state_dict)
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for key, p in zip(keys, params, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if name != "step":
+                    own = torch.empty_like(p, dtype=state_dtype(p.dtype), requires_grad=False)
+                    self.state[p][name] = own.copy_(value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "rule": self._rule, "clippy": self._clippy}

@@ -21,8 +21,8 @@ from torch.nn import Parameter
 from . import ops
 from .errors import NonFiniteError, SolverError
 from .flat import FlatParameters
+from .group_rules import GroupRules, check_state_names, state_dtype
 from .groups import Parameters, TaskParameters, check_lr, param_groups
-from .plain import GroupRules, check_state_names, state_dtype
 from .rules import Clippy, Rule, as_rule
 from .task_gradients import Losses, TaskGradients, as_list, first_nonfinite
 from .weightings import Bargaining, Weighting

@@ -102,15 +102,16 @@ def test_a_copy_of_model_and_optimizer_goes_its_own_way(name: str, how: str) -> 
     assert_equal(optimizer, copied, model, twin)
 
 
-def test_clippy_adam_resumes_and_copies() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clippy_adam_resumes_and_copies(dtype: torch.dtype) -> None:
     def build_clippy():
-        model = net(n_tasks=1)
+        model = net(n_tasks=1).to(dtype)
         return model, fastmto.ClippyAdam(model.parameters(), 0.1)
 
     def go(model, optimizer, steps) -> None:
         for t in steps:
             optimizer.zero_grad()
-            model.losses(batch(t))[0].backward()
+            model.losses(batch(t).to(dtype))[0].backward()
             optimizer.step()
 
     model, optimizer = build_clippy()
