@@ -102,6 +102,17 @@ def delayed(
     gram: int,
     /,
 ) -> None: ...
+def gram(
+    dtype: int,
+    tasks: int,
+    numel: int,
+    grads: int,
+    grads_stride: int,
+    gram: int,
+    threads: int,
+    isa: int,
+    /,
+) -> None: ...
 def combine(
     dtype: int,
     tasks: int,

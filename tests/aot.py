@@ -92,6 +92,22 @@ def compile_all(record: Recorder) -> None:
     single, half, double = torch.float32, torch.bfloat16, torch.float64
     adam = Adam()
     others = (AdaGrad(), RMSProp(), RMSProp(momentum=0.9, centered=True))
+    for dtype, n_tasks in (
+        (single, 1),
+        (single, 2),
+        (single, 3),
+        (single, 8),
+        (single, 32),
+        (single, 64),
+        (half, 2),
+        (half, 8),
+        (double, 2),
+        (double, 8),
+    ):
+        record.name = f"gram {dtype} T={n_tasks}"
+        triton_search.gram(
+            torch.zeros(n_tasks, NUMEL, dtype=dtype), torch.zeros(n_tasks, n_tasks, dtype=double)
+        )
     configurations: list[tuple[torch.dtype, int, Rule, tuple[str, ...]]] = [
         (single, 2, adam, ("search", "delayed", "apply", "combine")),
         (single, 3, adam, ("search", "delayed")),

@@ -33,6 +33,8 @@ RULES: dict[str, Rule] = {
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TASKS = (1, 2, 3, 8, 32)
+#: The Gram of the gradients serves balancers of more tasks.
+GRAM_TASKS = (*TASKS, 64)
 
 #: Factor c of the tolerance; every op has a handful of roundings a term.
 FACTOR = 16.0
@@ -256,6 +258,13 @@ def expected_gram(inputs: Inputs, sigma: Tensor | None = None) -> tuple[Tensor, 
     us, magnitudes = us * factor, magnitudes * factor
     norms = magnitudes.norm(dim=1)
     return us @ us.T, norms[:, None] * norms
+
+
+def expected_gradient_gram(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """<g_i, g_j> (T, T) and ||g_i|| ||g_j||."""
+    g = inputs.grads.double()
+    norms = g.norm(dim=1)
+    return g @ g.T, norms[:, None] * norms
 
 
 def expected_combine(inputs: Inputs) -> tuple[Tensor, Tensor]:

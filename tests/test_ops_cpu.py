@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import ops_cases
 import pytest
 import torch
-from ops_cases import DTYPES, RULES, TASKS, Case, Inputs, build
+from ops_cases import DTYPES, GRAM_TASKS, RULES, TASKS, Case, Inputs, build
 from torch import Tensor
 
 from fastmto import _kernels, ops
@@ -94,6 +94,12 @@ def delayed(inputs: Inputs, isa: int = 0) -> tuple[Tensor, Tensor | None]:
     return gram, sigma
 
 
+def gradient_gram(inputs: Inputs, isa: int = 0) -> Tensor:
+    gram = inputs.poisoned_gram()
+    cpu.gram(inputs.grads, gram, isa=isa)
+    return gram
+
+
 def combine(inputs: Inputs, isa: int = 0) -> Tensor:
     out = torch.full_like(inputs.params, torch.nan)
     cpu.combine(inputs.grads, inputs.weights, out, isa=isa)
@@ -106,15 +112,23 @@ def everything(inputs: Inputs, isa: int = 0) -> list[Tensor]:
     gram, sigma = search(done, isa)
     apply(done, sigma, isa)
     optional = [] if sigma is None else [sigma]
-    return [gram, done.params, *done.state, combine(inputs, isa), *optional]
+    of_gradients = gradient_gram(inputs, isa)
+    return [gram, done.params, *done.state, combine(inputs, isa), of_gradients, *optional]
 
 
 def same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def check_gradient_gram(inputs: Inputs, isa: int = 0) -> None:
+    gram = gradient_gram(inputs, isa)
+    expected = ops_cases.expected_gradient_gram(inputs)
+    ops_cases.close(gram, expected, inputs.grads.dtype, name="gram of the gradients")
+    assert torch.equal(gram, gram.T)
+
+
 def check(inputs: Inputs, isa: int = 0) -> None:
-    """search, apply, delayed and combine against the reference, outputs poisoned first."""
+    """search, apply, delayed, gram and combine against the reference, outputs poisoned first."""
     before, done = inputs.clone(), inputs.clone()
     dtype = inputs.grads.dtype
     gram, sigma = search(done, isa)
@@ -130,6 +144,7 @@ def check(inputs: Inputs, isa: int = 0) -> None:
     expected = ops_cases.expected_apply(inputs, sigma)
     ops_cases.close_applied(done.params, done.state, expected, inputs)
     ops_cases.close(combine(done, isa), ops_cases.expected_combine(inputs), dtype, name="combine")
+    check_gradient_gram(done, isa)
     assert torch.equal(done.grads, before.grads)
 
     both = inputs.clone()
@@ -202,6 +217,16 @@ def test_any_number_of_tasks(n_tasks: int) -> None:
     check(build(Case(Adam(), n_tasks, 601)))
 
 
+@dtypes
+@pytest.mark.parametrize("n_tasks", GRAM_TASKS)
+def test_gram_of_the_gradients(n_tasks: int, dtype: torch.dtype) -> None:
+    inputs = build(Case(Adam(), n_tasks, NUMEL, dtype, padding=7))
+    before = inputs.grads.clone()
+    for isa in ISAS:
+        check_gradient_gram(inputs, isa)
+    assert torch.equal(inputs.grads, before)
+
+
 @pytest.mark.parametrize("adatask", [False, True], ids=["shared", "adatask"])
 def test_many_small_tensors_and_empty_ones(adatask: bool) -> None:
     sizes = [1, 0, 3, 16, 0, 1, 700, 5, *[9] * 300, 20_001, 2, 0]
@@ -261,15 +286,30 @@ def test_calls_from_several_python_threads() -> None:
 def test_gram_of_a_million_coordinates_to_1e_8(isa: int) -> None:
     """Correlations of float32 inputs; summing them in float32 would leave 1e-3."""
     inputs = build(Case(Adam(), 3, 1_000_003))
-    gram, _ = search(inputs, isa)
-    expected, _ = ops_cases.expected_gram(inputs)
 
     def correlation(g: Tensor) -> Tensor:
         s = g.diagonal().rsqrt()
         return s[:, None] * g * s
 
-    assert (correlation(gram) - correlation(expected)).abs().max() < 2e-8
-    torch.testing.assert_close(gram, expected, rtol=1e-6, atol=1e-2)
+    for gram, (expected, _) in (
+        (search(inputs, isa)[0], ops_cases.expected_gram(inputs)),
+        (gradient_gram(inputs, isa), ops_cases.expected_gradient_gram(inputs)),
+    ):
+        assert (correlation(gram) - correlation(expected)).abs().max() < 2e-8
+        torch.testing.assert_close(gram, expected, rtol=1e-6, atol=1e-2)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_gram_of_nearly_parallel_gradients(isa: int) -> None:
+    """Sums of a million terms of one sign, where errors do not cancel, on large rows."""
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.rand(2_000_003, generator=generator)
+    grads = torch.stack([shared + 1e-4 * torch.rand(shared.shape, generator=generator)] * 2)
+    grads[1, ::3] *= 1.001
+    gram = torch.full((2, 2), torch.nan, dtype=torch.float64)
+    cpu.gram(grads, gram, isa=isa)
+    expected = grads.double() @ grads.double().T
+    torch.testing.assert_close(gram, expected, rtol=1e-8, atol=0)
 
 
 def test_absent_tasks() -> None:
@@ -365,8 +405,9 @@ def test_squares_that_overflow_show_in_the_gram(
     inputs = build(Case(rule, 2, NUMEL, dtype))
     inputs.grads[1, 5] = huge
     gram, _ = search(inputs, isa)
-    assert not gram[1, 1].isfinite()
-    assert gram[0, 0].isfinite()
+    for shown in (gram, gradient_gram(inputs, isa)):
+        assert not shown[1, 1].isfinite()
+        assert shown[0, 0].isfinite()
     assert not cpu.all_finite(inputs.grads, isa=isa)
 
 
@@ -381,9 +422,10 @@ def test_a_task_that_is_not_finite_shows_in_its_own_row(
         inputs = build(Case(rule, 3, NUMEL, dtype, clippy=clippy, weights=[1.0, 0.0, 1.0]))
         inputs.grads[1, where] = bad
         gram, sigma = search(inputs, isa)
-        finite = gram.isfinite()
-        assert not finite[1, 1]
-        assert finite[[0, 0, 2], [0, 2, 2]].all()
+        for shown in (gram, gradient_gram(inputs, isa)):
+            finite = shown.isfinite()
+            assert not finite[1, 1]
+            assert finite[[0, 0, 2], [0, 2, 2]].all()
         # Its weight is 0, so nothing of it reaches parameters or moments.
         apply(inputs, sigma if sigma is None else sigma.nan_to_num(1.0), isa)
         assert inputs.params.isfinite().all()
@@ -437,6 +479,20 @@ def test_combine_past_the_caches(offset: int) -> None:
     expected = a @ grads.double()
     magnitude = a.abs() @ grads.double().abs()
     ops_cases.close(out, (expected, magnitude), torch.float32)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("numel", [NUMEL, 2**21 + 5])
+@dtypes
+def test_combine_into_one_of_its_rows(dtype: torch.dtype, numel: int) -> None:
+    for row, weights in ((0, [0.5, 2.0, -1.0]), (2, [0.5, 0.0, -1.0]), (1, [0.5, 0.0, 1.0])):
+        inputs = build(Case(Adam(), 3, numel, dtype, padding=11, weights=weights))
+        apart = combine(inputs)
+        done = inputs.clone()
+        cpu.combine(done.grads, done.weights, done.grads[row])
+        assert torch.equal(done.grads[row], apart)
+        others = [i for i in range(3) if i != row]
+        assert torch.equal(done.grads[others], inputs.grads[others])
 
 
 def test_dispatch() -> None:
@@ -548,3 +604,10 @@ def test_combine_checks() -> None:
         cpu.combine(grads, a, torch.ones(64).double())
     with pytest.raises(ValueError, match="weights must be"):
         cpu.combine(grads, a.float(), torch.ones(64))
+
+
+def test_gram_checks() -> None:
+    with pytest.raises(ValueError, match=r"gram must be .*\(2, 2\), got float32"):
+        cpu.gram(torch.ones(2, 64), torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"grads must be .* got int32"):
+        cpu.gram(torch.ones(2, 64, dtype=torch.int32), torch.ones(2, 2, dtype=torch.float64))

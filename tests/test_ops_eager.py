@@ -8,6 +8,7 @@ import pytest
 import torch
 from ops_cases import (
     DTYPES,
+    GRAM_TASKS,
     RULES,
     TASKS,
     Case,
@@ -17,6 +18,7 @@ from ops_cases import (
     close_applied,
     expected_apply,
     expected_combine,
+    expected_gradient_gram,
     expected_gram,
     expected_sigma,
 )
@@ -165,6 +167,40 @@ def test_combine(dtype: torch.dtype) -> None:
     out = torch.full_like(inputs.params, torch.nan)
     eager.combine(inputs.grads, inputs.weights, out)
     close(out, expected_combine(inputs), dtype)
+
+
+def test_combine_into_one_of_its_rows() -> None:
+    inputs = build(Case(RULES["adam"], n_tasks=3, padding=3, weights=(0.5, 0.0, 2.0)))
+    for row in range(3):
+        done = inputs.clone()
+        eager.combine(done.grads, done.weights, done.grads[row])
+        close(done.grads[row], expected_combine(inputs), torch.float32)
+
+
+@pytest.mark.parametrize("n_tasks", GRAM_TASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gram(dtype: torch.dtype, n_tasks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "GRAM_BLOCK", 256)
+    inputs = build(Case(RULES["adam"], n_tasks=n_tasks, dtype=dtype, padding=3))
+    gram = inputs.poisoned_gram()
+    eager.gram(inputs.grads, gram)
+    close(gram, expected_gradient_gram(inputs), dtype)
+    assert torch.equal(gram, gram.T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gram_shows_what_is_not_finite_or_too_large(dtype: torch.dtype) -> None:
+    huge = {torch.float64: 2.0**512, torch.float16: torch.inf}.get(dtype, 2.0**64)
+    for bad in (huge, -huge, torch.nan, -torch.inf):
+        inputs = build(Case(RULES["adam"], n_tasks=3, dtype=dtype))
+        inputs.grads[1, 5] = bad
+        gram = inputs.poisoned_gram()
+        eager.gram(inputs.grads, gram)
+        assert gram.isfinite().tolist()[1][1] is False
+        assert gram[[0, 0, 2], [0, 2, 2]].isfinite().all()
+    empty = torch.full((2, 2), torch.nan, dtype=torch.float64)
+    eager.gram(torch.empty(2, 0), empty)
+    assert not empty.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -24,6 +24,7 @@ from ops_cases import (
     close_applied,
     expected_apply,
     expected_combine,
+    expected_gradient_gram,
     expected_gram,
 )
 
@@ -118,6 +119,18 @@ def test_every_configuration_follows_the_reference(
     gpu.delayed(**both)
     close_applied(at_once.params, at_once.state, expected, host)
     assert torch.equal(both["gram"], searched["gram"])
+
+
+def test_gram() -> None:
+    host = build(Case(RULES["adam"], numel=401, padding=3))
+    inputs = host.to(DEVICE)
+    gram = inputs.poisoned_gram()
+    gpu.gram(inputs.grads, gram)
+    close(gram, expected_gradient_gram(host), torch.float32)
+    with pytest.raises(ValueError, match=r"^grads"):
+        gpu.gram(inputs.grads[0], gram)
+    with pytest.raises(ValueError, match=r"^gram"):
+        gpu.gram(inputs.grads, gram.float())
 
 
 def test_combine_and_all_finite() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from ops_cases import (
     DTYPES,
+    GRAM_TASKS,
     RULES,
     TASKS,
     Case,
@@ -19,6 +20,7 @@ from ops_cases import (
     close_applied,
     expected_apply,
     expected_combine,
+    expected_gradient_gram,
     expected_gram,
 )
 from torch import Tensor
@@ -46,6 +48,12 @@ def searched(inputs: Inputs, tiling: Tiling | None) -> Tensor:
     triton_search.search(
         inputs.rule, inputs.steps[0], inputs.grads, inputs.state, gram, tiling=tiling
     )
+    return gram
+
+
+def gradient_gram(inputs: Inputs, tiling: Tiling | None) -> Tensor:
+    gram = inputs.poisoned_gram()
+    triton_search.gram(inputs.grads, gram, tiling=tiling)
     return gram
 
 
@@ -160,6 +168,56 @@ def test_combine(n_tasks: int, dtype: torch.dtype) -> None:
     out = torch.full_like(inputs.params, torch.nan)
     triton_combine.combine(inputs.grads, inputs.weights, out, tiling=BLOCKS)
     close(out, expected_combine(host), dtype)
+
+
+def test_combine_into_one_of_its_rows() -> None:
+    host = build(Case(RULES["adam"], n_tasks=3, padding=3, weights=(0.5, 0.0, 2.0)))
+    for row in range(3):
+        done = host.to(DEVICE)
+        triton_combine.combine(done.grads, done.weights, done.grads[row], tiling=BLOCKS)
+        close(done.grads[row], expected_combine(host), torch.float32)
+        others = [i for i in range(3) if i != row]
+        assert torch.equal(done.grads[others].cpu(), host.grads[others])
+
+
+@pytest.mark.parametrize("n_tasks", GRAM_TASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gram_of_the_gradients(dtype: torch.dtype, n_tasks: int) -> None:
+    numel = 1501 if n_tasks < 8 else 645
+    host = build(Case(RULES["adam"], n_tasks=n_tasks, dtype=dtype, numel=numel, padding=3))
+    inputs, tiling = host.to(DEVICE), tiling_of(n_tasks, dtype)
+    gram = gradient_gram(inputs, tiling)
+    close(gram, expected_gradient_gram(host), dtype)
+    assert torch.equal(gram, gram.T)
+    assert torch.equal(gradient_gram(inputs, tiling), gram)
+    assert torch.equal(inputs.grads.cpu(), host.grads)
+
+
+@pytest.mark.parametrize(("n_tasks", "numel"), [(1, 1), (2, 3001), (9, 301)])
+def test_gram_of_the_gradients_with_default_tilings(n_tasks: int, numel: int) -> None:
+    host = build(Case(RULES["adam"], n_tasks=n_tasks, numel=numel))
+    close(gradient_gram(host.to(DEVICE), None), expected_gradient_gram(host), torch.float32)
+
+
+def test_gram_of_more_gradients_than_a_tile_holds() -> None:
+    host = build(Case(RULES["adam"], n_tasks=37, numel=131))
+    gram = gradient_gram(host.to(DEVICE), Tiling(32, programs=2, flush=1, tile=16))
+    close(gram, expected_gradient_gram(host), torch.float32)
+    assert torch.equal(gram, gram.T)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_tasks", [3, 9])
+def test_gram_shows_what_is_not_finite_or_too_large(n_tasks: int, dtype: torch.dtype) -> None:
+    huge = {torch.float64: 2.0**512, torch.float16: torch.inf}.get(dtype, 2.0**64)
+    for bad in (huge, torch.nan, -torch.inf):
+        inputs = build(Case(RULES["adam"], n_tasks=n_tasks, dtype=dtype, numel=131)).to(DEVICE)
+        inputs.grads[1, 5] = bad
+        finite = gradient_gram(inputs, tiling_of(n_tasks, dtype)).isfinite()
+        assert not finite[1, 1]
+        good = [i for i in range(n_tasks) if i != 1]
+        assert finite[good][:, good].all()
 
 
 def test_coefficients_are_exact_in_float64() -> None:

@@ -148,6 +148,21 @@ PyObject* py_delayed(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return answer(update.numel * update.tasks, [&] { delayed(update, step, gram); });
 }
 
+PyObject* py_gram(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments from(values, count);
+  const auto dtype = static_cast<DType>(from.small());
+  const int tasks = from.small();
+  const std::int64_t numel = from.integer();
+  Matrix grads;
+  grads.data = from.address<void>();
+  grads.stride = from.integer();
+  double* out = from.address<double>();
+  const int threads = from.small();
+  const auto isa = static_cast<Isa>(from.small());
+  if (!from.complete()) return nullptr;
+  return answer(numel * tasks, [&] { gram(dtype, tasks, numel, grads, out, threads, isa); });
+}
+
 PyObject* py_combine(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments from(values, count);
   const auto dtype = static_cast<DType>(from.small());
@@ -202,8 +217,9 @@ PyMethodDef method(const char* name) {
 PyMethodDef methods[] = {
     method<py_search>("search"),         method<py_search_clipped>("search_clipped"),
     method<py_apply>("apply"),           method<py_delayed>("delayed"),
-    method<py_combine>("combine"),       method<py_all_finite>("all_finite"),
-    method<py_supported>("supported"),   {nullptr, nullptr, 0, nullptr},
+    method<py_gram>("gram"),             method<py_combine>("combine"),
+    method<py_all_finite>("all_finite"), method<py_supported>("supported"),
+    {nullptr, nullptr, 0, nullptr},
 };
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT,

@@ -29,6 +29,9 @@ struct Blocks {
   // to the next multiple of 32. S.
   void (*updates[kKinds][kDTypes])(const Rows& rows, std::int64_t begin, int n, void* u);
 
+  // The same with the gradients for updates; coefficients and state are not looked at.
+  void (*gradients[kDTypes])(const Rows& rows, std::int64_t begin, int n, void* u);
+
   // largest[t * 16 + lane] = max with |u| / (lambda_rel |params| + lambda_abs). S.
   void (*excess[kDTypes])(const void* u, int tasks, const void* params, std::int64_t begin, int n,
                           double lambda_rel, double lambda_abs, void* largest);

@@ -77,7 +77,11 @@ void apply(const Update& update, const Step& step);
 // of search and apply called one after the other.
 void delayed(const Update& update, const Step& step, double* gram);
 
-// out (P), dtype of grads.
+// gram (T, T) written whole: inner products of the gradients themselves.
+void gram(DType dtype, int tasks, std::int64_t numel, Matrix grads, double* gram, int threads,
+          Isa isa);
+
+// out (P), dtype of grads; it may be one of the rows of grads, but not overlap two.
 void combine(DType dtype, int tasks, std::int64_t numel, Matrix grads, const double* weights,
              void* out, int threads, Isa isa);
 

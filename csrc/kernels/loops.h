@@ -64,6 +64,15 @@ FASTMTO_INLINE void vectors(std::int64_t n, Body body) {
   if (j < n) body(j, static_cast<int>(n - j), std::false_type{});
 }
 
+// gram takes two vectors at a time: zeros from n to the next multiple of 32.
+template <class S>
+FASTMTO_INLINE void pad(S* u, int tasks, int n) {
+  constexpr int lanes = Pack<S>::lanes;
+  for (int j = (n + lanes - 1) / lanes * lanes; j % 32 != 0; j += lanes) {
+    for (int t = 0; t < tasks; ++t) store(u + t * kBlock + j, broadcast(S(0)));
+  }
+}
+
 // Tasks first to last, which share the moments of `owner`.
 template <int kind, class D>
 FASTMTO_INLINE void updates_of(const Rows& rows, int first, int last, int owner, std::int64_t begin,
@@ -91,11 +100,23 @@ void updates(const Rows& rows, std::int64_t begin, int n, void* u) {
   } else {
     for (int t = 0; t < rows.tasks; ++t) updates_of<kind, D>(rows, t, t + 1, t, begin, n, out);
   }
-  // gram takes two vectors at a time.
-  constexpr int lanes = Pack<Compute<D>>::lanes;
-  for (int j = (n + lanes - 1) / lanes * lanes; j % 32 != 0; j += lanes) {
-    for (int t = 0; t < rows.tasks; ++t) store(out + t * kBlock + j, broadcast(Compute<D>(0)));
+  pad(out, rows.tasks, n);
+}
+
+// Row by row: the next block of a row is asked for while this one is copied.
+template <class D>
+void gradients(const Rows& rows, std::int64_t begin, int n, void* u) {
+  using V = Pack<Compute<D>>;
+  auto* out = static_cast<Compute<D>*>(u);
+  for (int t = 0; t < rows.tasks; ++t) {
+    const D* g = row<D>(rows, t, begin);
+    Compute<D>* to = out + t * kBlock;
+    vectors<V::lanes>(n, [&](std::int64_t j, int count, auto whole) __attribute__((always_inline)) {
+      __builtin_prefetch(g + j + kBlock);
+      store(to + j, take<whole>(g + j, count));
+    });
   }
+  pad(out, rows.tasks, n);
 }
 
 template <class D>
@@ -396,6 +417,7 @@ const Blocks FASTMTO_NAME(FASTMTO_ISA) = [] {
   using namespace FASTMTO_ISA;
   return Blocks{
       FASTMTO_TABLE(updates),
+      {gradients<float>, gradients<double>, gradients<BFloat16>, gradients<Float16>},
       {excess<float>, excess<double>, excess<BFloat16>, excess<Float16>},
       {gram<float>, gram<double>},
       FASTMTO_TABLE(apply),

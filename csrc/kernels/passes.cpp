@@ -220,11 +220,14 @@ class Workspace {
   char* data_;
 };
 
+// What fills a block with updates (or with gradients).
+using Fill = void (*)(const Rows& rows, std::int64_t begin, int n, void* u);
+
 // `after(begin, n, u)` follows every block of at most kBlock coordinates, while its updates u are
 // at hand.
 template <class After>
-void gather(const Update& update, const Clip* clip, const Blocks& blocks, double* gram,
-            const After& after) {
+void gather(const Update& update, const Clip* clip, const Blocks& blocks, Fill updates,
+            double* gram, const After& after) {
   Tasks& tasks = search_tasks;
   std::vector<Item>& items = search_items;
   tasks.fill(update, [](int) { return true; });
@@ -252,7 +255,7 @@ void gather(const Update& update, const Clip* clip, const Blocks& blocks, double
     if (clip != nullptr) std::memset(largest, 0, std::size_t(128) * T);
     for (std::int64_t at = begin; at < end; at += kBlock) {
       const int n = static_cast<int>(std::min<std::int64_t>(kBlock, end - at));
-      blocks.updates[update.kind][dtype](tasks.rows, at, n, u);
+      updates(tasks.rows, at, n, u);
       if (clip != nullptr) {
         blocks.excess[dtype](u, T, clip->params, at, n, clip->lambda_rel, clip->lambda_abs,
                              largest);
@@ -357,6 +360,21 @@ void fill_factors(const Step& step, const std::vector<int>& index, int sets, voi
   for (const int i : index) *factor++ = S(step.weights[i]);
 }
 
+// For passes over the gradients as they are.
+Update without_rule(DType dtype, int tasks, std::int64_t numel, Matrix grads, int threads,
+                    Isa isa) {
+  static constexpr Coefficients none{};
+  Update update{};
+  update.dtype = dtype;
+  update.tasks = tasks;
+  update.numel = numel;
+  update.grads = grads;
+  update.coefficients = &none;
+  update.threads = threads;
+  update.isa = isa;
+  return update;
+}
+
 Move plan(const Update& update, const Step& step) {
   Tasks& tasks = apply_tasks;
   tasks.fill(update, [&](int i) { return update.per_task || step.weights[i] != 0; });
@@ -395,7 +413,9 @@ bool supported(Isa isa) {
 }
 
 void search(const Update& update, const Clip* clip, double* gram) {
-  gather(update, clip, blocks_for(update), gram, [](std::int64_t, int, const char*) {});
+  const Blocks& blocks = blocks_for(update);
+  const Fill updates = blocks.updates[update.kind][static_cast<int>(update.dtype)];
+  gather(update, clip, blocks, updates, gram, [](std::int64_t, int, const char*) {});
 }
 
 void apply(const Update& update, const Step& step) {
@@ -425,32 +445,35 @@ void apply(const Update& update, const Step& step) {
 void delayed(const Update& update, const Step& step, double* gram) {
   const Blocks& blocks = blocks_for(update);
   const auto dtype = static_cast<int>(update.dtype);
+  const Fill updates = blocks.updates[update.kind][dtype];
   const Move move = plan(update, step);
   const Factors factors = move.of(0);
   if (update.per_task) {
     const auto function = blocks.apply[update.kind][dtype];
-    gather(update, nullptr, blocks, gram, [&](std::int64_t begin, int n, const char*) {
+    gather(update, nullptr, blocks, updates, gram, [&](std::int64_t begin, int n, const char*) {
       function(move.rows, factors, step.params, begin, begin + n);
     });
   } else {
     // Without absent tasks the updates of task i stand in row i.
     const auto function = blocks.apply_known[update.kind][dtype];
     const int* index = apply_tasks.index.data();
-    gather(update, nullptr, blocks, gram, [&](std::int64_t begin, int n, const char* u) {
+    gather(update, nullptr, blocks, updates, gram, [&](std::int64_t begin, int n, const char* u) {
       function(move.rows, factors, step.params, begin, begin + n, u, index);
     });
   }
 }
 
+void gram(DType dtype, int tasks, std::int64_t numel, Matrix grads, double* gram, int threads,
+          Isa isa) {
+  const Blocks& blocks = blocks_of(isa);
+  gather(without_rule(dtype, tasks, numel, grads, threads, isa), nullptr, blocks,
+         blocks.gradients[static_cast<int>(dtype)], gram,
+         [](std::int64_t, int, const char*) {});
+}
+
 void combine(DType dtype, int tasks, std::int64_t numel, Matrix grads, const double* weights,
              void* out, int threads, Isa isa) {
-  Update update{};
-  update.dtype = dtype;
-  update.tasks = tasks;
-  update.numel = numel;
-  update.grads = grads;
-  const Coefficients none{};
-  update.coefficients = &none;
+  const Update update = without_rule(dtype, tasks, numel, grads, threads, isa);
   Step step{};
   step.weights = weights;
   const Move move = plan(update, step);
@@ -459,8 +482,11 @@ void combine(DType dtype, int tasks, std::int64_t numel, Matrix grads, const dou
   cut(whole, 1, items);
   const auto n_items = static_cast<std::int64_t>(items.size());
   const int size = size_of(dtype);
-  const bool stream =
-      numel * size >= kStreamBytes && reinterpret_cast<std::uintptr_t>(out) % 64 == 0;
+  // Not in place: there the caches hold what is written over.
+  const auto& rows = apply_tasks.grads;
+  const bool stream = numel * size >= kStreamBytes &&
+                      reinterpret_cast<std::uintptr_t>(out) % 64 == 0 &&
+                      std::find(rows.begin(), rows.end(), out) == rows.end();
   const auto function = blocks_of(isa).combine[static_cast<int>(dtype)];
   const void* factors = move.of(0).grad;
   in_parallel(n_items, useful(threads, n_items, numel * (tasks + 1)), [&](std::int64_t i, int) {

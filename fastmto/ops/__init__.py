@@ -30,7 +30,12 @@ The ops, with u_i the update that `rule` makes of g_i with the old moments (rule
                 moments take one step of the rule on g = sum_i weights_i g_i, or, with (T, P)
                 state, task i's on g_i alone
     delayed     search and apply with the weights of an earlier search, in one pass
-    combine     out (P,) = sum_i weights_i g_i
+    gram        gram_ij = <g_i, g_j>, of the gradients themselves; no rule, no state. gram_ii is NaN
+                or infinite where row i holds a NaN, an infinity or an element whose square the
+                maths cannot hold (from 2^64 in float32, 2^512 in float64); products that float32
+                takes for 0 (both factors below about 1e-23) count as 0
+    combine     out (P,) = sum_i weights_i g_i, in the dtype of grads. `out` may be one of the rows
+                of grads, which is then overwritten by the sum; it may not overlap several
     all_finite  whether no element is NaN, infinite or so large (2^63 where the maths is float32,
                 2^511 where it is float64) that moments of its square would be infinite for good;
                 in a search such an element makes its task's gram_ii NaN or infinite
@@ -103,6 +108,8 @@ class Backend(Protocol):
         segments: Tensor | None = None,
         sigma: Tensor | None = None,
     ) -> None: ...
+
+    def gram(self, grads: Tensor, gram: Tensor) -> None: ...
 
     def combine(self, grads: Tensor, weights: Tensor, out: Tensor) -> None: ...
 

@@ -303,6 +303,22 @@ def delayed(
     )
 
 
+def gram(grads: Tensor, gram: Tensor, *, isa: int = 0) -> None:
+    """gram_ij = <g_i, g_j>; see `fastmto.ops`."""
+    dtype, tasks, numel, stride = _check_grads(grads)
+    _check_matrix("gram", gram, tasks, tasks)
+    _kernels.gram(
+        dtype,
+        tasks,
+        numel,
+        grads.data_ptr(),
+        stride,
+        gram.data_ptr(),
+        torch.get_num_threads(),
+        isa,
+    )
+
+
 def combine(grads: Tensor, weights: Tensor, out: Tensor, *, isa: int = 0) -> None:
     """out = sum_i weights_i g_i; see `fastmto.ops`."""
     dtype, tasks, numel, stride = _check_grads(grads)

@@ -62,6 +62,15 @@ def _shrunk(u: Tensor, sigma: Tensor, bounds: list[int]) -> Tensor:
     return torch.cat(pieces)
 
 
+def _gram_of(rows: Tensor, gram: Tensor) -> None:
+    """gram_ij = <rows_i, rows_j>, summed in float64."""
+    total = torch.zeros_like(gram)
+    for block in torch.split(rows, GRAM_BLOCK, dim=1):
+        wide = block.double()
+        total += wide @ wide.T
+    gram.copy_(total.tril() + total.tril(-1).T)
+
+
 def search(
     rule: Rule,
     step: Steps,
@@ -94,11 +103,7 @@ def search(
             sigma[i] = _factors(clippy, lr, _working(params), u, bounds)
             u = _shrunk(u, sigma[i], bounds)
         updates[i] = u
-    total = torch.zeros_like(gram)
-    for block in torch.split(updates, GRAM_BLOCK, dim=1):
-        wide = block.double()
-        total += wide @ wide.T
-    gram.copy_(total.tril() + total.tril(-1).T)
+    _gram_of(updates, gram)
 
 
 def apply(
@@ -179,6 +184,16 @@ def delayed(
         segments=segments,
         sigma=sigma,
     )
+
+
+def gram(grads: Tensor, gram: Tensor) -> None:
+    """The contract's `gram`."""
+    _gram_of(grads, gram)
+    if grads.shape[1] == 0:
+        return
+    for end in torch.aminmax(grads, dim=1):
+        square = _working(end) ** 2
+        gram.diagonal().add_(square - square)  # NaN: float64 holds squares that the maths does not
 
 
 def combine(grads: Tensor, weights: Tensor, out: Tensor) -> None:

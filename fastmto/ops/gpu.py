@@ -1,8 +1,9 @@
 """The ops on NVIDIA GPUs.
 
-The passes of the three rules are Triton kernels, one launch each. Clippy (`clippy` or `sigma`
-given) and AdaTask (state of shape (T, P)) run on plain torch operations, eager.py; which of the
-two serves a call depends on these arguments alone. Semantics: ops/__init__.py.
+The passes of the three rules and those without a rule are Triton kernels, one launch each. Clippy
+(`clippy` or `sigma` given) and AdaTask (state of shape (T, P)) run on plain torch operations,
+eager.py; which of the two serves a call depends on these arguments alone. Semantics:
+ops/__init__.py.
 
 Raises on import:
     ImportError: Triton is not installed.
@@ -222,6 +223,13 @@ def delayed(
             segments=segments,
             sigma=sigma,
         )
+
+
+def gram(grads: Tensor, gram: Tensor) -> None:
+    """gram <- <g_i, g_j>."""
+    _check_grads(grads)
+    _check("gram", gram, (len(grads), len(grads)), torch.float64, grads)
+    triton_search.gram(grads, gram)
 
 
 def combine(grads: Tensor, weights: Tensor, out: Tensor) -> None:

@@ -6,6 +6,7 @@ tuple of blocks in the order of `rule.state_names`, its coefficients as a tuple 
     kind 0  Adam       (m, v)      kind 3  RMSProp with momentum            (v, b)
     kind 1  AdaGrad    (v,)        kind 4  RMSProp, centered                (v, q)
     kind 2  RMSProp    (v,)        kind 5  RMSProp, centered with momentum  (v, b, q)
+    kind 6  no rule: u = g, no state; coefficients are not looked at
 
 Division and root are the GPU's fast float32 ones (2 ulp); in float64 they round correctly.
 """
@@ -21,8 +22,8 @@ import triton.language as tl
 
 from ..rules import Rule
 
-#: Number of state tensors by kind.
-N_STATES = (2, 1, 1, 2, 2, 3)
+#: Kind of the passes over the gradients as they are.
+NO_RULE = tl.constexpr(6)
 
 
 @triton.jit
@@ -47,11 +48,13 @@ def numbers(b1, d1, b2, d2, c1, c2, eps, mu, DTYPE: tl.constexpr):
 @triton.jit
 def load_state(s0, s1, s2, offsets, mask, KIND: tl.constexpr):
     """The rule's moments at `offsets`; 0 beyond the end, where every update is then 0."""
-    state = (tl.load(s0 + offsets, mask=mask, other=0.0),)
-    if KIND != 1 and KIND != 2:
-        state = state + (tl.load(s1 + offsets, mask=mask, other=0.0),)
-    if KIND == 5:
-        state = state + (tl.load(s2 + offsets, mask=mask, other=0.0),)
+    state = ()
+    if KIND != NO_RULE:
+        state = (tl.load(s0 + offsets, mask=mask, other=0.0),)
+        if KIND != 1 and KIND != 2:
+            state = state + (tl.load(s1 + offsets, mask=mask, other=0.0),)
+        if KIND == 5:
+            state = state + (tl.load(s2 + offsets, mask=mask, other=0.0),)
     return state
 
 
@@ -75,7 +78,10 @@ def root(v):
 def advance(g, state, c, KIND: tl.constexpr):
     """One step of the plain rule on gradient g: the update u and the new state."""
     b1, d1, b2, d2, c1, c2, eps, mu = c
-    if KIND == 0:
+    if KIND == NO_RULE:
+        u = g
+        new = ()
+    elif KIND == 0:
         m = b1 * state[0] + d1 * g
         v = b2 * state[1] + d2 * g * g
         u = c1 * m / (c2 * root(v) + eps)
@@ -100,8 +106,10 @@ def advance(g, state, c, KIND: tl.constexpr):
     return u, new
 
 
-def coefficients(rule: Rule, step: int) -> tuple[float, ...]:
+def coefficients(rule: Rule | None, step: int) -> tuple[float, ...]:
     """The arguments of `numbers`, in double precision: 1 - b and the bias corrections must not be
-    formed from rounded decay rates."""
+    formed from rounded decay rates. Zeros without a rule."""
+    if rule is None:
+        return (0.0,) * 8
     b1, b2, c1, c2, eps, mu = rule.coefficients(step)
     return b1, 1.0 - b1, b2, 1.0 - b2, c1, c2, eps, mu

@@ -1,6 +1,9 @@
-"""Search, and search with apply in the same pass ("delayed"), as one Triton launch.
+"""Search, search with apply in the same pass ("delayed"), and the Gram of the gradients themselves,
+as one Triton launch each.
 
     u_i = rule's update of g_i with the old moments;  gram_ij = sum_p u_ip u_jp   (never stored: u)
+
+`gram` is the search of no rule: u_i = g_i, no state.
 
 Floor: (T + N) P elements read for N state tensors, T^2 written; delayed also reads the P
 parameters and writes parameters and state. With Adam and float32 that is 4 (T+2) P and 4 (T+6) P
@@ -37,7 +40,7 @@ from torch import Tensor
 from ..rules import Rule
 from .triton_apply import apply, move
 from .triton_launch import Tiling, launch, processors, programs_for, working_type, workspace
-from .triton_rules import advance, coefficients, load_state, numbers
+from .triton_rules import NO_RULE, advance, coefficients, load_state, numbers
 
 #: Largest T of the pairs formulation.
 MAX_PAIRS_T = 8
@@ -301,7 +304,7 @@ def constants_for(tiling: Tiling, n_tasks: int, with_apply: bool) -> dict[str, A
 
 
 def _run(
-    rule: Rule,
+    rule: Rule | None,
     step: int,
     grads: Tensor,
     state: tuple[Tensor, ...],
@@ -312,7 +315,10 @@ def _run(
     weight_decay: float,
     tiling: Tiling,
 ) -> None:
-    """Launch one pass: search, or with `params` and `weights` search and apply."""
+    """Launch one pass: search, or with `params` and `weights` search and apply.
+
+    `rule` None: u_i = g_i.
+    """
     n_tasks, size = grads.shape
     constants = constants_for(tiling, n_tasks, params is not None)
     programs = programs_for(size, tiling)
@@ -337,7 +343,7 @@ def _run(
         *coefficients(rule, step),
         lr,
         1.0 - lr * weight_decay,
-        KIND=rule.kind,
+        KIND=NO_RULE if rule is None else rule.kind,
         DTYPE=working_type(grads),
         **constants,
     )
@@ -364,6 +370,16 @@ def search(
     if tiling is None:
         tiling = _default(grads, with_apply=False)
     _run(rule, step, grads, state, gram, None, None, 0.0, 0.0, tiling)
+
+
+def gram(grads: Tensor, gram: Tensor, *, tiling: Tiling | None = None) -> None:
+    """The contract's `gram` (ops/__init__.py).
+
+    Arguments are taken as checked. `gram` is written.
+    """
+    if tiling is None:
+        tiling = _default(grads, with_apply=False)
+    _run(None, 1, grads, (), gram, None, None, 0.0, 0.0, tiling)
 
 
 def delayed(
