@@ -9,5 +9,6 @@ from __future__ import annotations
 from .bargaining import Bargaining
 from .base import Weighting
 from .constant import Constant, Equal
+from .nashmtl import NashMTL
 
-__all__ = ["Bargaining", "Constant", "Equal", "Weighting"]
+__all__ = ["Bargaining", "Constant", "Equal", "NashMTL", "Weighting"]

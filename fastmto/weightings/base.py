@@ -1,36 +1,55 @@
-"""The interface of weightings that know the tasks they are called for, or keep state."""
+"""The interface of the weightings, and what those that call a solver share."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import Tensor
+
+from ..errors import SolverError
+from ..solvers import Result
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class Weighting(ABC):
     """A callable Gram -> weights.
 
-    Subclasses define `__call__`, and `state_dict`, `load_state_dict` and `reset` if they keep
-    anything from one call to the next that later weights depend on.
+    Subclasses define `__call__` (or `_solve`, see `SolverWeighting`), and `state_dict`,
+    `load_state_dict` and `reset` if they keep anything from one call to the next that later
+    weights depend on.
+
+    Attributes:
+        result: the last solver `Result` with its status, iterations and residual; None before the
+            first call and where no solver is called. A diagnostic only: not part of the state.
     """
+
+    result: Result[Tensor] | None = None
 
     @abstractmethod
     def __call__(self, gram: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """Weights of the tasks of this Gram matrix.
 
         Args:
-            gram: (T, T) float64 on the CPU, inner products of the tasks' updates or gradients;
-                not modified.
-            tasks: which tasks the rows are, as T increasing indices; None for 0..T-1. A task that
-                is absent from a batch is left out of the Gram matrix.
+            gram: (T, T) of any floating dtype on any device, inner products of the tasks' updates
+                or gradients; not modified. The weights are found in float64 on the host, for
+                which a Gram matrix on an accelerator is waited for.
+            tasks: which tasks the rows are, as T different indices >= 0; None for 0..T-1. A task
+                that is absent from a batch is left out of the Gram matrix; options that are per
+                task (a preference, ...) follow `tasks`.
 
         Returns:
-            (T,) float64 on the CPU, new memory.
+            (T,) of the Gram matrix' dtype and on its device, new memory, without a graph.
 
         Raises:
-            SolverError: there are no weights for this Gram matrix.
+            SolverError: there are no weights for this Gram matrix; `status` says why.
+            ValueError: a shape, or tasks that do not fit.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -44,14 +63,79 @@ class Weighting(ABC):
 
     def reset(self) -> None:
         """Forget everything, as before the first call."""
-        return None
+        self.result = None
+
+
+class SolverWeighting(Weighting):
+    """A weighting whose weights are one call of a solver.
+
+    Subclasses define `_solve`. With `tasks=None` and a float32 or float64 Gram matrix a call costs
+    nothing but the solver's.
+    """
+
+    @abstractmethod
+    def _solve(self, gram: Tensor, tasks: Sequence[int] | None) -> Result[Tensor]:
+        """The solver's answer; `tasks`, where given, fit the Gram matrix."""
+
+    def __call__(self, gram: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        if tasks is not None:
+            check_tasks(gram, tasks)
+        self.result = result = self._solve(gram, tasks)
+        weights = result.weights
+        if weights is None:
+            raise SolverError(
+                f"no {type(self).__name__} weights for the Gram matrix of {len(gram)} tasks: "
+                f"{result.status} (kappa {result.kappa:.3g}, {result.iterations} iterations)",
+                result.status,
+            )
+        return weights if weights.dtype is gram.dtype else _rounded(weights, gram.dtype)
+
+
+def _rounded(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights in a dtype that is narrower than what the solver returns."""
+    rounded = weights.to(dtype)
+    if not bool(rounded.isfinite().all()):
+        raise SolverError(f"the weights {weights.tolist()} do not fit into {dtype}", "not_finite")
+    return rounded
 
 
 def check_tasks(gram: Tensor, tasks: Sequence[int] | None) -> list[int]:
     """`tasks` with its default, checked against the Gram matrix."""
     indices = list(range(len(gram))) if tasks is None else [int(i) for i in tasks]
-    if len(indices) != len(gram) or len(set(indices)) != len(indices):
+    if len(indices) != len(gram) or len(set(indices)) != len(indices) or min(indices) < 0:
         raise ValueError(
             f"tasks must hold {len(gram)} different indices, one a row of gram, got {indices}"
         )
     return indices
+
+
+def as_preference(
+    preference: Sequence[float] | Tensor | None, positive: bool
+) -> NDArray[np.float64] | None:
+    """The option `preference`, one number a task, checked; None stays None.
+
+    Args:
+        positive: whether 0 is refused.
+    """
+    if preference is None:
+        return None
+    values = [float(p) for p in preference]
+    bound = "positive" if positive else ">= 0, not all of them 0,"
+    fits = all(math.isfinite(p) and (p > 0 or (p == 0 and not positive)) for p in values)
+    if not fits or not any(values):
+        raise ValueError(f"preference must be {bound} and finite, got {values}")
+    return np.array(values)
+
+
+def of_tasks(
+    preference: NDArray[np.float64], gram: Tensor, tasks: Sequence[int] | None
+) -> NDArray[np.float64]:
+    """The entries of `preference` for the tasks of this call."""
+    if tasks is None and len(gram) == len(preference):
+        return preference
+    if tasks is not None and max(tasks) < len(preference):
+        return preference[list(tasks)]
+    raise ValueError(
+        f"gram must be of the {len(preference)} tasks of preference, "
+        f"got tasks {check_tasks(gram, tasks)}"
+    )

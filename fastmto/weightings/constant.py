@@ -28,11 +28,13 @@ class Constant(Weighting):
 
     def __call__(self, gram: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         indices = check_tasks(gram, tasks)
-        if tasks is None and len(gram) != len(self.weights):
+        if (tasks is None and len(gram) != len(self.weights)) or max(indices) >= len(self.weights):
             raise ValueError(
-                f"gram must have {len(self.weights)} tasks, one a weight, got {len(gram)}"
+                f"gram must have {len(self.weights)} tasks, one a weight, got tasks {indices}"
             )
-        return torch.tensor([self.weights[i] for i in indices], dtype=torch.float64)
+        return torch.tensor(
+            [self.weights[i] for i in indices], dtype=gram.dtype, device=gram.device
+        )
 
     def __repr__(self) -> str:
         return f"Constant({self.weights})"
@@ -42,7 +44,7 @@ class Equal(Weighting):
     """Weight 1 for every task."""
 
     def __call__(self, gram: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
-        return torch.ones(len(check_tasks(gram, tasks)), dtype=torch.float64)
+        return torch.ones(len(check_tasks(gram, tasks)), dtype=gram.dtype, device=gram.device)
 
     def __repr__(self) -> str:
         return "Equal()"

@@ -1,0 +1,86 @@
+"""Nash-MTL: bargaining weights with the published clip."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .bargaining import Bargaining
+
+
+class NashMTL(Bargaining):
+    """The Nash bargaining solution of the tasks' gradients, its length clipped.
+
+    Source: Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, arXiv 2202.01017,
+    Claim 3.1 and Algorithm 1: a > 0 with
+
+        G a = 1/a
+
+    Scaling: the direction does not depend on the lengths of the gradients with "exact":
+    g_i -> c_i g_i gives a_i -> a_i / c_i. The length of sum_i a_i g_i is always sqrt(T), whatever
+    the gradients (sqrt(sum_i p_i) with a preference).
+
+    Conventions: the published code clips the joint gradient of the shared parameters to
+    `max_norm=1`, which with the exact solution of T >= 2 tasks always applies: then the step has
+    length `max_norm`. A Gram matrix knows this length, so here the clip is in the weights,
+
+        w = a min(1, max_norm / ||sum_i a_i g_i||)
+
+    (the code adds 1e-6 to the norm, and leaves the gradients of the heads unclipped; weights
+    apply to a whole loss). The code iterates a convex-concave procedure, at most 20 times from
+    its last weights, which need not reach the solution (see `Bargaining`): to reproduce that take
+    `method="ccp", warm_start=True`.
+
+    Peers: TorchJD and LibMTL are ports of this code: CCP by cvxpy and ECOS, at most 20 steps,
+    stopping on a residual that mixes the normalised and the raw Gram matrix, and keeping the old
+    weights where the solver fails.
+
+    Args:
+        max_norm: largest length of the joint gradient; 0 or None: no clip.
+        method, preference, tol, max_steps, ridge, warm_start: as `Bargaining`; max_steps=20 is
+            the published number.
+
+    Attributes:
+        result: its weights are those before the clip.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        max_norm: float | None = 1.0,
+        method: str = "exact",
+        preference: Sequence[float] | Tensor | None = None,
+        tol: float = 1e-13,
+        max_steps: int = 20,
+        ridge: float = 0.0,
+        warm_start: bool = False,
+    ) -> None:
+        if max_norm is not None and not 0 <= max_norm < math.inf:
+            raise ValueError(f"max_norm must be finite and >= 0, or None, got {max_norm!r}")
+        super().__init__(method, preference, tol, max_steps, ridge, warm_start)
+        self.max_norm = max_norm or None
+
+    def __call__(self, gram: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        weights = super().__call__(gram, tasks)
+        if self.max_norm is None:
+            return weights
+        length = self._length(gram, tasks)
+        return weights if length <= self.max_norm else weights * (self.max_norm / length)
+
+    def _length(self, gram: Tensor, tasks: Sequence[int] | None) -> float:
+        """||sum_i a_i g_i|| of the last solve."""
+        if self.method == "exact" and self.ridge == 0.0 and self.preference is None:
+            return math.sqrt(len(gram))
+        assert self.result is not None
+        assert self.result.weights is not None
+        a = self.result.weights.to("cpu", torch.float64)
+        wide = gram.detach().to("cpu", torch.float64)
+        return math.sqrt(max(float(a @ wide @ a), 0.0))
+
+    def _options(self) -> list[str]:
+        return [f"max_norm={self.max_norm!r}", *super()._options()]
