@@ -4,12 +4,29 @@ optimizer = fastmto.PUB(shared_parameters, task_parameters, lr=1e-3)
 optimizer.zero_grad()
 optimizer.backward(losses)      # in place of loss.backward()
 optimizer.step()
+
+balancer = fastmto.get("nashmtl", update_weights_every=10)      # or another of available()
+optimizer.zero_grad()                                            # any torch optimizer
+loss, info = balancer.backward(losses, shared_parameters=shared, task_specific_parameters=heads)
+optimizer.step()
 """
 
-from . import errors, rules, solvers, weightings
+from . import balancers, errors, rules, solvers, weightings
 from .adatask import AdaTask
 from .clippy_adam import ClippyAdam
 from .pub import PUB
+from .registry import available, get
 
 __version__ = "0.1.0"
-__all__ = ["PUB", "AdaTask", "ClippyAdam", "errors", "rules", "solvers", "weightings"]
+__all__ = [
+    "PUB",
+    "AdaTask",
+    "ClippyAdam",
+    "available",
+    "balancers",
+    "errors",
+    "get",
+    "rules",
+    "solvers",
+    "weightings",
+]

@@ -7,11 +7,12 @@ and the gradients of its own head. The graph is freed after the last.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn import Parameter
 
 from .flat import FlatLayout
 
@@ -106,15 +107,17 @@ class TaskGradients:
             task that moves the head; until then it is left alone. Given owners are checked at
             the tasks' first backward.
         n_tasks: T.
+        spare: rows beyond T, for the caller.
 
     Attributes:
-        rows: per-task gradients, one buffer (T, P) a layout. After `weighted`, row 0 holds the
-            joint gradient.
+        rows: per-task gradients, one buffer (T + spare, P) a layout. `weighted` puts the joint
+            gradient into the row it is told, 0 by default.
         head_rows: the heads' own gradients, one buffer (1, P) a head.
         filled: whether each head has a gradient.
         present: whether each task took part.
         touched: whether each task reached the shared parameters.
         reached: whether each shared parameter was ever reached by a task.
+        hits: whether each shared parameter was reached since `clear`.
         backwards: number of backward passes so far.
     """
 
@@ -124,14 +127,15 @@ class TaskGradients:
         heads: Sequence[FlatLayout],
         owners: Sequence[int | None],
         n_tasks: int,
+        spare: int = 0,
     ) -> None:
-        self.rows = [layout.rows(n_tasks) for layout in layouts]
+        self.rows = [layout.rows(n_tasks + spare) for layout in layouts]
         self.head_rows = [head.rows(1) for head in heads]
         self.owners = list(owners)
         self.inspected = [False] * n_tasks
         self.reaches = [True] * n_tasks  # whether a task's last own backward reached the rows
         self.backwards = 0
-        self._shared = [p for layout in layouts for p in layout.parameters]
+        self._shared: list[Tensor] = [p for layout in layouts for p in layout.parameters]
         self._heads = [head.parameters for head in heads]
         self.reached = [False] * len(self._shared)
         dtypes = {layout.dtype for layout in (*layouts, *heads)}
@@ -142,7 +146,7 @@ class TaskGradients:
                 for rows, layout in zip(self.rows, layouts, strict=True)
                 for view in layout.views(rows[i])
             ]
-            for i in range(n_tasks)
+            for i in range(n_tasks + spare)
         ]
         self.head_views = [
             head.views(rows[0]) for head, rows in zip(heads, self.head_rows, strict=True)
@@ -155,22 +159,50 @@ class TaskGradients:
         self.present = [False] * len(self.inspected)
         self.touched = [False] * len(self.inspected)
         self.filled = [False] * len(self._heads)
+        self.hits = [False] * len(self._shared)
 
-    def per_task(self, losses: Sequence[Tensor | None]) -> None:
-        """One backward a present task, each into its own row; absent tasks' rows are zero."""
+    def rebind(self, shared: Sequence[Tensor]) -> None:
+        """Differentiate by these tensors, shaped like the layouts', from now on."""
+        self._shared = list(shared)
+
+    def views(self, row: int) -> list[Tensor]:
+        """The pieces of a row, one a shared parameter, shaped like it."""
+        return self._views[row]
+
+    def per_task(
+        self, losses: Sequence[Tensor | None], *, at_once: int = 1, retain: bool = False
+    ) -> None:
+        """The gradients of every present task, each into its own row; absent tasks' rows are 0.
+
+        Args:
+            losses: of the T tasks.
+            at_once: tasks a backward pass: 1 is one after the other; more are batched (vmap
+                through autograd), where the model allows it.
+            retain: keep the graph.
+
+        Raises:
+            RuntimeError: an operation of the model cannot be batched; nothing has been taken.
+        """
         for i, loss in enumerate(losses):
             if loss is None and self._empty:
                 _write(self._views[i], [None] * len(self._shared), add=False)
         present = [(i, loss) for i, loss in enumerate(losses) if loss is not None]
         fresh: list[tuple[int, HeadGrads]] = []
-        for i, loss in present:
-            last = i == present[-1][0]
-            fresh += self._one_task(i, loss, row=i, add=not self._empty, retain=not last)
+        for start in range(0, len(present), at_once):
+            some = present[start : start + at_once]
+            keep = retain or start + at_once < len(present)
+            if at_once == 1:
+                ((i, loss),) = some
+                fresh += self._one_task(i, loss, row=i, add=not self._empty, retain=keep)
+            else:
+                fresh += self._batched(some, add=not self._empty, retain=keep)
         self._settle_owners(fresh)
         self._empty = False
 
-    def weighted(self, losses: Sequence[Tensor | None], weights: Sequence[float]) -> None:
-        """One backward of sum_i weights_i L_i into row 0; heads get weights_i divided out again.
+    def weighted(
+        self, losses: Sequence[Tensor | None], weights: Sequence[float], *, row: int = 0
+    ) -> None:
+        """One backward of sum_i weights_i L_i into `row`; heads get weights_i divided out again.
 
         Tasks of (nearly) no weight and tasks never seen before take a backward of their own.
         """
@@ -184,18 +216,20 @@ class TaskGradients:
             grads, head_grads = self._backward(
                 list(joint.values()), shares, heads, retain=bool(apart)
             )
-            self._take(list(joint), grads, row=0, add=add)
+            self._take(list(joint), grads, row=row, add=add)
             for h, own in head_grads.items():
                 owner = self.owners[h]
                 assert owner is not None
                 self._take_head(h, own, 1 / weights[owner])
         elif not add:
-            _write(self._views[0], [None] * len(self._shared), add=False)
+            _write(self._views[row], [None] * len(self._shared), add=False)
         fresh: list[tuple[int, HeadGrads]] = []
         for i, loss in present:
             if i in apart:
                 retain = i != apart[-1]
-                fresh += self._one_task(i, loss, row=0, add=True, retain=retain, weight=weights[i])
+                fresh += self._one_task(
+                    i, loss, row=row, add=True, retain=retain, weight=weights[i]
+                )
         self._settle_owners(fresh)
         self._empty = False
 
@@ -209,30 +243,69 @@ class TaskGradients:
         grads, head_grads = self._backward([loss], [1.0], heads, retain=retain)
         self._take([i], grads, row=row, add=add, weight=weight)
         self.reaches[i] = any(grad is not None for grad in grads)
-        if not seen:
-            return [(i, head_grads)]
-        for h in heads:
-            if self.owners[h] == i:
-                self._take_head(h, head_grads.pop(h))
+        return self._take_known(i, head_grads) if seen else [(i, head_grads)]
+
+    def _take_known(self, i: int, head_grads: HeadGrads) -> list[tuple[int, HeadGrads]]:
+        """Take task i's gradients on the heads known to be its own; the others are returned."""
+        for h in [h for h in head_grads if self.owners[h] == i]:
+            self._take_head(h, head_grads.pop(h))
         return [(i, head_grads)] if head_grads else []
+
+    def _batched(
+        self, some: Sequence[tuple[int, Tensor]], *, add: bool, retain: bool
+    ) -> list[tuple[int, HeadGrads]]:
+        """`_one_task` for several tasks in one batched backward."""
+        tasks = [i for i, _ in some]
+        heads = [
+            h
+            for h, owner in enumerate(self.owners)
+            if owner is None or owner in tasks or not all(self.inspected[i] for i in tasks)
+        ]
+        losses = [loss for _, loss in some]
+        unit = torch.eye(len(some), dtype=losses[0].dtype, device=losses[0].device)
+        grads, head_grads = self._backward(
+            losses,
+            [unit[k].to(loss.dtype).reshape(-1, *loss.shape) for k, loss in enumerate(losses)],
+            heads,
+            retain=retain,
+            batched=True,
+        )
+        fresh: list[tuple[int, HeadGrads]] = []
+        for k, (i, loss) in enumerate(some):
+            # Batched, a task that does not reach a parameter has zeros there: the graph tells.
+            self.reaches[i] = reaches(loss, self._shared)
+            mine = [_row(grad, k) if self.reaches[i] else None for grad in grads]
+            self._take([i], mine, row=i, add=add)
+            own: HeadGrads = {h: [_row(grad, k) for grad in head_grads[h]] for h in heads}
+            fresh += self._take_known(i, own) if self.inspected[i] else [(i, own)]
+        return fresh
 
     def _backward(
         self,
         losses: Sequence[Tensor],
-        weights: Sequence[float],
+        weights: Sequence[float | Tensor],
         heads: Sequence[int],
         *,
         retain: bool,
+        batched: bool = False,
     ) -> tuple[Sequence[Tensor | None], HeadGrads]:
         """The gradients of sum_i weights_i losses_i on the shared parameters and on heads; None
-        where no loss reaches."""
+        where no loss reaches.
+
+        `batched`: of n such sums, weights being a tensor (n, *shape of the loss) for each loss;
+        the gradients have a leading n.
+        """
         inputs = [*self._shared, *(p for h in heads for p in self._heads[h])]
         grads = torch.autograd.grad(
-            [_root(loss) for loss in losses],  # type: ignore[arg-type]
+            losses if batched else [_root(loss) for loss in losses],  # type: ignore[arg-type]
             inputs,
-            [torch.full_like(loss, a) for loss, a in zip(losses, weights, strict=True)],
+            [
+                a if isinstance(a, Tensor) else torch.full_like(loss, a)
+                for loss, a in zip(losses, weights, strict=True)
+            ],
             retain_graph=retain,
             allow_unused=True,
+            is_grads_batched=batched,
         )
         self.backwards += 1
         for k, (p, grad) in enumerate(zip(inputs, grads, strict=True)):
@@ -261,6 +334,7 @@ class TaskGradients:
         _write(self._views[row], grads, add=add, weight=weight)
         hits = [grad is not None for grad in grads]
         self.reached = [a or b for a, b in zip(self.reached, hits, strict=True)]
+        self.hits = [a or b for a, b in zip(self.hits, hits, strict=True)]
         for i in tasks:
             self.present[i] = True
             self.touched[i] |= any(hits) and (self.reaches[i] or len(tasks) == 1)
@@ -318,6 +392,50 @@ def _root(loss: Tensor) -> Tensor | GradientEdge:
         return loss
     node, output = stack.next_functions[loss.output_nr]
     return loss if node is None else GradientEdge(node, output)
+
+
+def _row(grad: Tensor | None, k: int) -> Tensor | None:
+    return None if grad is None else grad[k]
+
+
+def _nodes(losses: Sequence[Tensor], stop: Set[Node]) -> Iterator[Node]:
+    """The nodes of the graph behind the losses, those behind `stop` left out."""
+    roots = [_root(loss) for loss in losses]
+    waiting = [
+        root.node if isinstance(root, GradientEdge) else get_gradient_edge(root).node
+        for root in roots
+    ]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if node in stop:
+            continue
+        for behind, _ in node.next_functions:
+            if behind is not None and behind not in seen:
+                seen.add(behind)
+                waiting.append(behind)
+
+
+def reaches(loss: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether the graph of a loss leads to any of the tensors."""
+    stop = {get_gradient_edge(x).node for x in inputs}
+    return any(node in stop for node in _nodes([loss], stop))
+
+
+def leaves(losses: Sequence[Tensor], beyond: Sequence[Tensor]) -> list[Parameter]:
+    """The leaves that the losses are computed from, in the graph's order.
+
+    Args:
+        losses: scalars attached to their graphs.
+        beyond: tensors of the graph; they and what is behind them are left out.
+    """
+    stop = {get_gradient_edge(x).node for x in beyond}
+    return [
+        node.variable
+        for node in _nodes(losses, stop)
+        if node not in stop and hasattr(node, "variable")
+    ]
 
 
 def _write(

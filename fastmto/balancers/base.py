@@ -82,10 +82,12 @@ class Info(Mapping[str, Any]):
             without gradient has NaN.
         status: how the small solver ended ("solved", ...); None where none was called.
         result: the solver's `fastmto.solvers.Result`; None where none was called.
+        passes: how per-task gradients were taken ("loop", "batched (T at once)", ...); None
+            where none were.
         skipped: why the step was skipped; None where it was not.
     """
 
-    _KEYS = ("weights", "tasks", "gram", "cosines", "status", "result", "skipped")
+    _KEYS = ("weights", "tasks", "gram", "cosines", "status", "result", "passes", "skipped")
 
     def __init__(
         self,
@@ -94,6 +96,7 @@ class Info(Mapping[str, Any]):
         gram: Tensor | None = None,
         result: Any = None,
         status: str | None = None,
+        passes: str | None = None,
         skipped: str | None = None,
     ) -> None:
         self.weights = weights
@@ -101,6 +104,7 @@ class Info(Mapping[str, Any]):
         self.gram = gram
         self.result = result
         self.status = getattr(result, "status", None) if status is None else status
+        self.passes = passes
         self.skipped = skipped
 
     @property

@@ -1,0 +1,34 @@
+"""Aligned-MTL: the gradients' principal components brought to one length."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .. import weightings
+from .gradient_balancer import GradientOptions, GramBalancer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class AlignedMTL(GramBalancer):
+    """Aligned-MTL: the gradients' principal components brought to one length.
+
+    Source: Senushkin et al., Independent Component Alignment for Multi-Task Learning, CVPR 2023,
+    arXiv 2305.19000, equations 12 to 14 and Algorithm 1.
+
+    Args:
+        scale: which singular value the others are brought to, as `fastmto.weightings.AlignedMTL`.
+        n_tasks, options: as `GradientBalancer`.
+    """
+
+    key = "aligned_mtl"
+
+    def __init__(
+        self,
+        n_tasks: int | None = None,
+        *,
+        scale: str = "min",
+        **options: Unpack[GradientOptions],
+    ) -> None:
+        super().__init__(weightings.AlignedMTL(scale=scale), n_tasks, **options)

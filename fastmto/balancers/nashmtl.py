@@ -1,0 +1,39 @@
+"""Nash-MTL: the bargaining solution between the tasks' gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .. import weightings
+from .gradient_balancer import GradientOptions, GramBalancer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class NashMTL(GramBalancer):
+    """Nash-MTL: the bargaining solution between the tasks' gradients, G a = 1/a.
+
+    Source: Navon et al., Multi-Task Learning as a Bargaining Game, ICML 2022, arXiv 2202.01017,
+    Claim 3.1 and Algorithm 1. The bound `max_norm` is on the joint gradient of a search; between
+    two searches the weights stand as they were found.
+
+    Args:
+        max_norm, method, preference: as `fastmto.weightings.NashMTL`.
+        n_tasks, options: as `GradientBalancer`.
+    """
+
+    key = "nashmtl"
+
+    def __init__(
+        self,
+        n_tasks: int | None = None,
+        *,
+        max_norm: float | None = 1.0,
+        method: str = "exact",
+        preference: Sequence[float] | None = None,
+        **options: Unpack[GradientOptions],
+    ) -> None:
+        weighting = weightings.NashMTL(max_norm=max_norm, method=method, preference=preference)
+        super().__init__(weighting, n_tasks, **options)

@@ -1,0 +1,113 @@
+"""PUB behind the call of the balancers, for training loops that step a torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .. import pub
+from .base import Balancer, Batch, Info
+from .gradient_balancer import heads_of
+
+
+class PUB(Balancer):
+    """PUB behind the call of the balancers: it moves the parameters inside `backward`.
+
+    PUB balances the updates that Adam would make, so it is an optimizer itself: prefer
+    `fastmto.PUB` where the loop is yours. This class serves loops that call
+    `balancer.backward(...)` and then step a torch optimizer of their own. The parameters named in
+    the call are moved by PUB at once and have no `.grad` afterwards, so the other optimizer
+    leaves them alone. Its learning rate is `lr` here, not the other optimizer's; a scheduler works
+    on `optimizer`, which exists from the first `backward` on.
+
+    Source: PUB, arXiv 2410.05806; see `fastmto.PUB`.
+
+    Args:
+        n_tasks: T; None: found at the first backward.
+        lr: learning rate.
+        update_weights_every, on_nonfinite, options: as `fastmto.PUB`.
+
+    Attributes:
+        optimizer: the `fastmto.PUB`; None before the first `backward`.
+    """
+
+    key = "pub"
+
+    def __init__(
+        self,
+        n_tasks: int | None = None,
+        *,
+        lr: float = 1e-3,
+        update_weights_every: int = 10,
+        on_nonfinite: str = "skip",
+        **options: Any,
+    ) -> None:
+        self._pub_options = {
+            "lr": lr,
+            "update_weights_every": update_weights_every,
+            "on_nonfinite": on_nonfinite,
+            **options,
+        }
+        super().__init__(
+            n_tasks, update_weights_every=update_weights_every, on_nonfinite=on_nonfinite
+        )
+
+    def reset(self) -> None:
+        self.optimizer: pub.PUB | None = None
+        self._saved: dict[str, Any] | None = None
+        super().reset()
+
+    def _backward(self, batch: Batch, searches: bool) -> tuple[Tensor, Info]:
+        assert self.weights is not None
+        if batch.shared is None:
+            raise ValueError("shared_parameters must be given to PUB.backward, got None")
+        if self.optimizer is None:
+            members: list[list[Any]] = [[] for _ in self.weights]
+            listed = heads_of(batch, batch.shared, len(self.weights))
+            owned = bool(listed) and all(owner is not None for owner, _ in listed)
+            for owner, head in listed:
+                members[owner or 0] += head
+            self.optimizer = pub.PUB(
+                batch.shared,  # type: ignore[arg-type]
+                members if owned else [p for _, head in listed for p in head],
+                **self._pub_options,
+            )
+            if self._saved is not None:
+                self.optimizer.load_state_dict(self._saved)
+                self._saved = None
+        optimizer = self.optimizer
+        before = dict(optimizer.stats)
+        optimizer.backward(batch.values)
+        optimizer.step()
+        optimizer.zero_grad()
+        for name in ("searches", "backwards", "held", "skipped", "untouched"):
+            self.stats[name] += optimizer.stats[name] - before[name]
+        assert optimizer.weights is not None
+        self.weights = optimizer.weights.clone()
+        skipped = optimizer.stats["skipped"] > before["skipped"]
+        searched = optimizer.stats["searches"] > before["searches"]
+        info = Info(
+            self.weights,
+            self.names,
+            gram=optimizer.gram if searched else None,
+            result=getattr(optimizer.weighting, "result", None) if searched else None,
+            skipped="a gradient is not finite" if skipped else None,
+        )
+        return self._weighted_sum(batch), info
+
+    def _state(self) -> dict[str, Any]:
+        return {"optimizer": self._saved if self.optimizer is None else self.optimizer.state_dict()}
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        if "optimizer" not in state:
+            raise ValueError(f"state must hold 'optimizer', got {sorted(state)}")
+        if self.optimizer is None or state["optimizer"] is None:
+            self.optimizer = None
+            self._saved = state["optimizer"]
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def _options(self) -> dict[str, Any]:
+        return {k: v for k, v in self._pub_options.items() if k != "update_weights_every"}
