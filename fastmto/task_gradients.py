@@ -368,7 +368,7 @@ class TaskGradients:
             strangers = [i for i in moved if i != owner]
             if strangers and owner is not None:
                 raise ValueError(
-                    f"task_parameters must belong to one task each, but tasks "
+                    f"task-specific parameters must belong to one task each, but tasks "
                     f"{sorted({owner, *strangers})} have gradients on a head of shapes "
                     f"{[tuple(p.shape) for p in members]}; list what they share in "
                     "shared_parameters"

@@ -165,10 +165,8 @@ class GradientBalancer(Balancer):
     def _per_task(self, batch: Batch, flat: _Flat) -> str:
         """Fill the rows; returns how."""
         retain = self.level == "features"  # the trunk behind them is still to come
-        device = flat.device.type
-        batched = self.passes == "batched" or (self.passes == "auto" and device != "cpu")
         at_once = min(self.at_once or AT_ONCE, len(batch.tasks))
-        if not batched or at_once == 1:
+        if at_once == 1 or not self._batches(flat):
             flat.gradients.per_task(batch.values, retain=retain)
             return "loop"
         if self._cannot_batch is None:
@@ -185,6 +183,10 @@ class GradientBalancer(Balancer):
                 flat.gradients.clear()
         flat.gradients.per_task(batch.values, retain=retain)
         return f"loop (batched failed: {self._cannot_batch})"
+
+    def _batches(self, flat: _Flat) -> bool:
+        """Whether to try a batched backward."""
+        return self.passes == "batched" or (self.passes == "auto" and flat.device.type != "cpu")
 
     @abstractmethod
     def _weigh(self, flat: _Flat, active: list[int], batch: Batch) -> tuple[Tensor | None, Tensor]:
@@ -246,8 +248,10 @@ class GradientBalancer(Balancer):
                     f"{name} must be of real floating dtypes on one device, got {tensor.dtype} on "
                     f"{tensor.device} beside {inputs[0].device}"
                 )
-        heads = heads_of(batch, inputs, len(self.weights))
         flat = self._flat
+        heads = heads_of(batch, inputs, len(self.weights))
+        if batch.heads is None and flat is not None:
+            heads = flat.with_known(heads)
         if flat is None or not flat.fits(inputs, heads, by_shape=self.level == "features"):
             flat = _Flat(inputs, heads, len(self.weights), name)
             self._flat_built(flat)
@@ -404,6 +408,13 @@ class _Flat:
     def same_heads(self, other: _Flat) -> bool:
         """Whether the other buffers are of the same heads."""
         return self._heads_are(other._heads)
+
+    def with_known(
+        self, heads: list[tuple[int | None, list[Tensor]]]
+    ) -> list[tuple[int | None, list[Tensor]]]:
+        """The heads known so far and then the new ones: an absent task does not lose its own."""
+        known = {id(members[0]) for _, members in self._heads}
+        return self._heads + [head for head in heads if id(head[1][0]) not in known]
 
     def _heads_are(self, heads: Sequence[tuple[int | None, list[Tensor]]]) -> bool:
         return len(heads) == len(self._heads) and all(
