@@ -25,7 +25,11 @@ SMALLEST_WEIGHT_ELSE = 2.0**-40
 
 
 def as_list(
-    losses: Losses, n_tasks: int | None, names: Sequence[str] | None
+    losses: Losses,
+    n_tasks: int | None,
+    names: Sequence[str] | None,
+    *,
+    attached: bool = True,
 ) -> tuple[list[Tensor | None], list[str] | None]:
     """The losses in task order, None for a task absent from this batch, and the tasks' names.
 
@@ -34,6 +38,7 @@ def as_list(
             names left out are absent tasks.
         n_tasks: T where it is known.
         names: the tasks' names where they are known.
+        attached: whether the losses must be attached to a graph.
 
     Raises:
         ValueError: the wrong number of losses, an unknown name, a loss that is no scalar tensor
@@ -73,7 +78,7 @@ def as_list(
             raise ValueError(f"{label} must be a scalar, got shape {tuple(loss.shape)}")
         if not loss.is_floating_point():
             raise ValueError(f"{label} must be of a real floating dtype, got {loss.dtype}")
-        if not loss.requires_grad:
+        if attached and not loss.requires_grad:
             raise ValueError(
                 f"{label} is not attached to a graph: nothing it was computed from requires grad"
             )

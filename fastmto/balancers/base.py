@@ -25,6 +25,7 @@ from torch.nn import Parameter
 
 from ..errors import NonFiniteError
 from ..task_gradients import Losses, as_list, first_nonfinite
+from .per_task import take
 
 #: What `Balancer.stats` counts.
 STATS = ("steps", "searches", "backwards", "held", "skipped", "absent", "untouched")
@@ -288,8 +289,7 @@ class Balancer(ABC):
     def _current(self, batch: Batch) -> Tensor:
         """The weights (n,) of the present tasks as they stand."""
         assert self.weights is not None
-        every = len(batch.tasks) == len(self.weights)
-        return self.weights if every else self.weights[batch.tasks]
+        return take(self.weights, batch.tasks)
 
     def _label(self, task: int) -> str:
         """How messages call a task."""

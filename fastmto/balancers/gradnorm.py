@@ -1,0 +1,165 @@
+"""Gradient normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..task_gradients import _root
+from .base import Batch, check_number
+from .loss_balancer import LossBalancer
+from .per_task import TaskAdam, like, put, take
+
+#: Weights are kept above this: at 0 a task would be lost, below it unlearned.
+LEAST_WEIGHT = 1e-3
+
+
+class GradNorm(LossBalancer):
+    """GradNorm: weights that bring the tasks' weighted gradients to lengths set by their progress.
+
+    Source: Chen et al., ICML 2018, equations 1 and 2 and Algorithm 1. On the last shared layer W:
+
+        G_i = ||grad_W w_i L_i||      r_i = (L_i / L_i(0)) / mean_j(L_j / L_j(0))
+        minimise over w   sum_i |G_i - mean_j(G_j) r_i^alpha|,   the target held constant
+            d/dw_i = sign(G_i - mean_j(G_j) r_i^alpha) ||grad_W L_i||
+        then w <- w T / sum_j w_j
+
+    A step moves the model with the weights as they are and then the weights, by the method's own
+    Adam. L_i(0) is the first loss seen of task i; the paper also takes log C for the
+    cross-entropy of C classes: `initial_losses`. Deviation: weights are kept above
+    `LEAST_WEIGHT`, which the paper leaves to the learning rate. LibMTL has w = T softmax(v)
+    instead, the first epoch's mean as L_i(0), all shared parameters as W and the user's optimizer.
+
+    Means run over the present tasks, whose weights keep their sum.
+
+    Cost: at every search one partial backward a present task, from its loss down to W, besides
+    the one backward of the weighted sum. Searching every N steps divides it by N; a small W near
+    the heads makes it cheaper.
+
+    Args:
+        n_tasks: T; None: found at the first backward.
+        alpha: strength of the restoring force, >= 0.
+        lr: of the weights' Adam, > 0.
+        initial_losses: T losses L_i(0) > 0; None: the first seen.
+        update_weights_every, on_nonfinite: see `Balancer`.
+
+    `backward` needs `last_shared_parameters`.
+
+    Raises:
+        ValueError: an argument out of range or missing; a first loss that is not positive or a
+            later one that is negative (see `LossBalancer`).
+    """
+
+    key = "gradnorm"
+
+    def __init__(
+        self,
+        n_tasks: int | None = None,
+        *,
+        alpha: float = 1.5,
+        lr: float = 0.025,
+        initial_losses: list[float] | None = None,
+        update_weights_every: int = 1,
+        on_nonfinite: str | None = None,
+    ) -> None:
+        self.alpha = check_number("alpha", alpha, 0)
+        self.lr = check_number("lr", lr, 0, open_low=True)
+        self.initial_losses = None
+        if initial_losses is not None:
+            self.initial_losses = [
+                check_number(f"initial_losses[{i}]", loss, 0, open_low=True)
+                for i, loss in enumerate(initial_losses)
+            ]
+            n_tasks = len(self.initial_losses) if n_tasks is None else n_tasks
+        super().__init__(
+            n_tasks, update_weights_every=update_weights_every, on_nonfinite=on_nonfinite
+        )
+
+    def _set_tasks(self, n_tasks: int) -> None:
+        super()._set_tasks(n_tasks)
+        self._initial = torch.ones(n_tasks, dtype=torch.float64)
+        self._seen = [False] * n_tasks
+        if self.initial_losses is not None:
+            if len(self.initial_losses) != n_tasks:
+                raise ValueError(
+                    f"initial_losses must hold {n_tasks} losses, got {len(self.initial_losses)}"
+                )
+            self._initial = torch.tensor(self.initial_losses, dtype=torch.float64)
+            self._seen = [True] * n_tasks
+        self._w = torch.ones(n_tasks, dtype=torch.float64)
+        self._adam = TaskAdam(n_tasks, self.lr)
+
+    def _weigh(self, batch: Batch, losses: Tensor) -> Tensor:
+        if not batch.last_shared:
+            raise ValueError(
+                "last_shared_parameters must be given: GradNorm compares the lengths of the "
+                f"tasks' gradients on them, got {batch.last_shared}"
+            )
+        for k, parameter in enumerate(batch.last_shared):
+            if not parameter.requires_grad:
+                raise ValueError(f"last_shared_parameters[{k}] must require grad, got a frozen one")
+        if all(self._seen[task] for task in batch.tasks):
+            self._refuse_low(batch, "takes a power of it", or_equal=False)
+        else:
+            self._refuse_low(batch, "divides by a task's first loss")
+        return take(like(self._w, losses), batch.tasks)
+
+    def _learn(self, batch: Batch, losses: Tensor, weights: Tensor) -> None:
+        initial = like(self._initial, losses)
+        for task, loss in zip(batch.tasks, losses.unbind(), strict=True):
+            if not self._seen[task]:
+                initial = put(initial, [task], loss.reshape(1))
+                self._seen[task] = True
+        self._initial = initial
+        lengths = self._lengths(batch, losses)
+        progress = losses / take(initial, batch.tasks)
+        rates = progress / progress.mean()
+        own = weights * lengths
+        target = own.mean() * rates**self.alpha
+        gradient = (own - target).sign() * lengths
+        moved = self._adam.step(weights, gradient, batch.tasks).clamp(min=LEAST_WEIGHT)
+        self._w = put(like(self._w, losses), batch.tasks, moved * (weights.sum() / moved.sum()))
+
+    def _lengths(self, batch: Batch, losses: Tensor) -> Tensor:
+        """||grad_W L_i|| of the present tasks (n,)."""
+        assert batch.last_shared is not None
+        lengths = []
+        for value in batch.present:
+            grads = torch.autograd.grad(
+                _root(value),
+                batch.last_shared,
+                torch.ones_like(value),
+                retain_graph=True,
+                allow_unused=True,
+            )
+            self.stats["backwards"] += 1
+            parts = [
+                torch.linalg.vector_norm(grad, dtype=losses.dtype)
+                for grad in grads
+                if grad is not None
+            ]
+            if not parts:
+                self.stats["untouched"] += 1
+                parts = [losses.new_zeros(())]
+            lengths.append(torch.linalg.vector_norm(torch.stack(parts)))
+        return torch.stack(lengths)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "w": self._w.clone(),
+            "initial": self._initial.clone(),
+            "seen": list(self._seen),
+            "adam": self._adam.state_dict(),
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._w = state["w"].clone()
+        self._initial = state["initial"].clone()
+        self._seen = list(state["seen"])
+        self._adam.load_state_dict(state["adam"])
+
+    def _options(self) -> dict[str, Any]:
+        return {"alpha": self.alpha, "lr": self.lr, "initial_losses": self.initial_losses}

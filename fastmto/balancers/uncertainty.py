@@ -1,0 +1,72 @@
+"""Uncertainty weighting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Batch, check_number
+from .loss_balancer import LearningBalancer
+
+
+class Uncertainty(LearningBalancer):
+    """Uncertainty weighting: learnable noise levels of the tasks.
+
+    Source: Kendall, Gal & Cipolla, CVPR 2018, equation 7 and section 3.2, with
+    s_i = log sigma_i^2:
+
+        minimise sum_i (1/2) (exp(-s_i) L_i + s_i)        over the model and s
+        w_i = (1/2) exp(-s_i)                             dJ/ds_i = (1/2) - w_i L_i
+
+    The factor 1/2 is that of the paper's regression likelihood and is used for every task, as in
+    nash-mtl, LibMTL (UW) and TorchJD (UW). Without it the objective is twice as large: same
+    minimisers, and the same run with Adam. The paper's classification likelihood has 1 in place of
+    the first 1/2, which moves s_i by log 2. LibMTL starts at s_i = -0.5.
+
+    Balances positive losses: for a loss that stays <= 0, s_i decreases without end.
+
+    Args:
+        n_tasks: T, needed.
+        init: initial s_i.
+        device, dtype: of the s_i, see `LearningBalancer`.
+        update_weights_every, on_nonfinite: see `Balancer`.
+
+    Raises:
+        ValueError: without `n_tasks`, or an argument out of range.
+    """
+
+    key = "uncertainty"
+
+    def __init__(
+        self,
+        n_tasks: int | None = None,
+        *,
+        init: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        update_weights_every: int = 1,
+        on_nonfinite: str | None = None,
+    ) -> None:
+        super().__init__(
+            n_tasks,
+            init=check_number("init", init, -80, 80),
+            device=device,
+            dtype=dtype,
+            update_weights_every=update_weights_every,
+            on_nonfinite=on_nonfinite,
+        )
+
+    def _set_tasks(self, n_tasks: int) -> None:
+        super()._set_tasks(n_tasks)
+        self.weights = torch.full((n_tasks,), -self._init, dtype=torch.float64).exp() / 2
+
+    def _weigh(self, batch: Batch, losses: Tensor) -> Tensor:
+        return (-self._learned(batch, losses)).exp() / 2
+
+    def _learn(self, batch: Batch, losses: Tensor, weights: Tensor) -> None:
+        self._add_gradients(batch, 0.5 - weights * losses)
+
+    def _options(self) -> dict[str, Any]:
+        return {"init": self._init}
