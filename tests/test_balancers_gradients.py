@@ -173,7 +173,7 @@ class NoBatching(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return torch.from_numpy(grad.numpy() * 2)
+        return torch.as_tensor(grad.numpy() * 2)
 
 
 def test_a_model_that_cannot_be_batched():
@@ -361,7 +361,7 @@ def test_absent_tasks_by_name(name):
     assert info.weights[1] == kept[1]
     assert balancer.stats["absent"] == 1
     assert model.heads[1].weight.grad is None
-    with pytest.raises(ValueError, match="got also 'buyy'|got also \\['buyy'\\]"):
+    with pytest.raises(ValueError, match=r"got also \['buyy'\]"):
         call(balancer, model, x, {"buyy": losses[0]}, features=z)
 
 
@@ -410,7 +410,7 @@ def test_a_search_without_answer_is_held_or_raised():
     seen = []
     for step in range(4):
         model.zero_grad()
-        if step in (0, 3):
+        if step in (0, 2):
             with pytest.warns(RuntimeWarning, match="weights held: no weights today"):
                 _, info = call(balancer, model, x)
             assert info.status == "near_stationary"
@@ -420,9 +420,10 @@ def test_a_search_without_answer_is_held_or_raised():
         expected = explicit(model, x)
         for k, p in enumerate(model.trunk.parameters()):
             close(p.grad, sum(w * g[k] for w, g in zip(seen[-1], expected, strict=True)))
-    # The first search is made again until it succeeds; its phase stays that of the steps.
-    assert seen == [[1.0] * 3, [1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]] or seen
-    assert balancer.stats["held"] >= 1
+    # The first search is made again until it succeeds; the phase is that of the steps made.
+    assert seen == [[1.0] * 3, [1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
+    assert balancer.stats["held"] == 2
+    assert balancer.stats["searches"] == 3
     model.zero_grad()
     with pytest.raises(SolverError, match="no weights today"):
         call(Failing(True, on_failure="raise"), model, x)
@@ -497,9 +498,8 @@ def test_odd_tensors_of_many_shapes(name, dtype):
         [(g / 100).to(p.dtype) for g, p in zip(gs, shared, strict=True)]
         for gs in gradients(1, shared, 2)
     ]
-    losses = [
-        linear_loss([p.double() for p in shared], [g.double() for g in gs]) for gs in explicit
-    ]
+    wide = [p.double() for p in shared]
+    losses = [linear_loss(wide, [g.double() for g in gs]) for gs in explicit]
     _, info = fastmto.get(name).backward(losses, shared_parameters=shared)
     rows = torch.stack([torch.cat([g.double().flatten() for g in gs]) for gs in explicit])
     torch.testing.assert_close(info.gram, rows @ rows.T, rtol=1e-5, atol=0)
@@ -530,9 +530,9 @@ def test_mgda_normalizations():
         close(info.weights.sum(), torch.ones(()).double())
         # The shortest vector of the hull: no gradient is shorter along it.
         assert ((g @ joint - joint @ joint) >= -1e-10 * (joint @ joint)).all()
+    shifted = model.losses(x)
+    shifted[1] = shifted[1] - 100
     with pytest.raises(ValueError, match=r"losses\[1\] must be positive: normalization='loss'"):
-        shifted = model.losses(x)
-        shifted[1] = shifted[1] - 100
         call(fastmto.get("mgda", normalization="loss"), model, x, shifted)
     with pytest.raises(ValueError, match="normalization must be one of"):
         fastmto.get("mgda", normalization="loss-")
@@ -589,7 +589,7 @@ def test_pub_is_the_optimizer_behind_the_same_call():
     for a, b in zip(ours.parameters(), reference.parameters(), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(balancer.weights, optimizer.weights)
-    with pytest.raises(ValueError, match="shared_parameters must be given to PUB.backward"):
+    with pytest.raises(ValueError, match=r"shared_parameters must be given to PUB\.backward"):
         fastmto.get("pub").backward(ours.losses(x))
 
 

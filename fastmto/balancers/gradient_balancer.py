@@ -264,7 +264,7 @@ class GradientBalancer(Balancer):
         """New buffers: take over what is known about the heads. Subclasses add their own."""
         old = self._owners()
         same = self._flat is None or self._flat.same_heads(flat)
-        if same and len(old.get("owners", ())) == len(flat.gradients.owners):
+        if same and old and len(old["owners"]) == len(flat.gradients.owners):
             flat.gradients.owners = list(old["owners"])
             flat.gradients.inspected = list(old["inspected"])
             flat.gradients.reaches = list(old["reaches"])
@@ -537,9 +537,9 @@ def heads_of(
             f"task_specific_parameters must be one iterable of parameters, or {n_tasks} of them, "
             f"one a task, got {len(listed)} entries"
         )
+    # A parameter each, so that one which its task did not reach keeps no gradient.
     heads: list[tuple[int | None, list[Tensor]]] = []
     for i, entry in enumerate(listed):
         members = as_tensors(f"task_specific_parameters[{i}]", entry) or []
-        for dtype in dict.fromkeys(p.dtype for p in members):
-            heads.append((i, [p for p in members if p.dtype == dtype and p.requires_grad]))
-    return [(owner, members) for owner, members in heads if members]
+        heads += [(i, [p]) for p in members if p.requires_grad]
+    return heads
