@@ -212,7 +212,7 @@ class TaskGradients:
         Tasks of (nearly) no weight and tasks never seen before take a backward of their own.
         """
         present = [(i, loss) for i, loss in enumerate(losses) if loss is not None]
-        apart = [i for i, _ in present if weights[i] < self._floor or not self.inspected[i]]
+        apart = [i for i, _ in present if abs(weights[i]) < self._floor or not self.inspected[i]]
         joint = {i: loss for i, loss in present if i not in apart}
         add = not self._empty
         if joint:
