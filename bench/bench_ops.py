@@ -311,6 +311,36 @@ def test_combine(benchmark, n_tasks: int) -> None:
     benchmark.pedantic(combine, args=(sets[0],), rounds=5, warmup_rounds=1)
 
 
+@pytest.mark.parametrize("n_tasks", [*TASKS, 32])
+def test_gram(benchmark, n_tasks: int) -> None:
+    numel = SIZES[-1] if n_tasks <= 8 else SIZES[0]
+    sets = make_sets(n_tasks, numel)
+
+    def gram(b: Buffers) -> Tensor:
+        CPU.gram(b.grads, b.gram)
+        return b.gram
+
+    def eager(b: Buffers) -> Tensor:
+        return b.grads @ b.grads.T
+
+    expected = sets[0].grads.double() @ sets[0].grads.double().T
+    for contestant, rtol in ((gram, 1e-8), (eager, 1e-3)):
+        error = (contestant(sets[0]).double() - expected).abs().max()
+        assert error <= rtol * expected.abs().max()
+    bandwidth = Bandwidth([(b.theta, b.out) for b in sets])
+    contestants: dict[str, Contestant] = {
+        "ours": lambda i: gram(sets[i]),
+        "eager": lambda i: eager(sets[i]),
+        **bandwidth.contestants(),
+    }
+    times = take_turns(contestants, len(sets))
+    n_bytes = 4.0 * n_tasks * numel
+    report(
+        benchmark, times, bandwidth, n_bytes=n_bytes, against="read", n_tasks=n_tasks, numel=numel
+    )
+    benchmark.pedantic(gram, args=(sets[0],), rounds=5, warmup_rounds=1)
+
+
 def test_small_apply(benchmark) -> None:
     """One head: the price of a call. Microseconds, the last cache does not matter."""
     b = Buffers(1, 1000)

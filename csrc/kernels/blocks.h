@@ -36,8 +36,9 @@ struct Blocks {
   void (*excess[kDTypes])(const void* u, int tasks, const void* params, std::int64_t begin, int n,
                           double lambda_rel, double lambda_abs, void* largest);
 
-  // lanes[pair * 8 + lane] += u_i u_j over the block, pairs i <= j row by row. [0] S = float.
-  void (*gram[2])(const void* u, int tasks, int n, double* lanes);
+  // lanes[pair * 8 + lane] += u_i u_j over the block, pairs i <= j row by row; rows of u are `stride`
+  // apart. [0] S = float.
+  void (*gram[2])(const void* u, std::int64_t stride, int tasks, int n, double* lanes);
 
   // params and moments on [begin, end). u, where given (shared state only, end - begin <= kBlock),
   // holds the updates of task t at row u_rows[t].

@@ -153,8 +153,8 @@ FASTMTO_INLINE void add_widened(Pack<float> x, double* into) {
 FASTMTO_INLINE void add_widened(Pack<double> x, double* into) { store(into, load(into) + x); }
 
 // Pairs of rows a.. (A of them) and b.. (B of them); on the diagonal a == b and only i <= j count.
-template <class S, int A, int B, bool diagonal>
-FASTMTO_INLINE void gram_tile(const S* u, int tasks, int a, int b, int n, double* lanes) {
+template <class S, int A, int B, bool diagonal, bool ahead = false>
+FASTMTO_INLINE void gram_tile(const S* u, std::int64_t stride, int tasks, int a, int b, int n, double* lanes) {
   using V = Pack<S>;
   // Two sets of sums where one would leave the adders waiting for each other.
   constexpr int sets = A * B <= 4 ? 2 : 1;
@@ -167,10 +167,14 @@ FASTMTO_INLINE void gram_tile(const S* u, int tasks, int a, int b, int n, double
     for (int set = 0; set < sets; ++set) {
       const S* at = u + j + set * V::lanes;
       V left[A], right[B];
+      if constexpr (ahead) {
 #pragma GCC unroll 4
-      for (int i = 0; i < A; ++i) left[i] = load(at + (a + i) * kBlock);
+        for (int i = 0; i < B; ++i) fetch_ahead(at + (b + i) * stride);
+      }
 #pragma GCC unroll 4
-      for (int i = 0; i < B; ++i) right[i] = load(at + (b + i) * kBlock);
+      for (int i = 0; i < A; ++i) left[i] = load(at + (a + i) * stride);
+#pragma GCC unroll 4
+      for (int i = 0; i < B; ++i) right[i] = load(at + (b + i) * stride);
 #pragma GCC unroll 16
       for (int pair = 0; pair < A * B; ++pair) {
         const int i = pair / B, k = pair % B;
@@ -194,36 +198,44 @@ FASTMTO_INLINE void gram_tile(const S* u, int tasks, int a, int b, int n, double
 }
 
 template <class S>
-void gram(const void* u, int tasks, int n, double* lanes) {
+void gram(const void* u, std::int64_t stride, int tasks, int n, double* lanes) {
   constexpr int R = 4;
   const S* rows = static_cast<const S*>(u);
+  switch (tasks) {
+    case 1:
+      return gram_tile<S, 1, 1, true, true>(rows, stride, tasks, 0, 0, n, lanes);
+    case 2:
+      return gram_tile<S, 2, 2, true, true>(rows, stride, tasks, 0, 0, n, lanes);
+    case 3:
+      return gram_tile<S, 3, 3, true, true>(rows, stride, tasks, 0, 0, n, lanes);
+  }
   for (int a = 0; a < tasks; a += R) {
     switch (tasks - a) {
       case 1:
-        gram_tile<S, 1, 1, true>(rows, tasks, a, a, n, lanes);
+        gram_tile<S, 1, 1, true>(rows, stride, tasks, a, a, n, lanes);
         break;
       case 2:
-        gram_tile<S, 2, 2, true>(rows, tasks, a, a, n, lanes);
+        gram_tile<S, 2, 2, true>(rows, stride, tasks, a, a, n, lanes);
         break;
       case 3:
-        gram_tile<S, 3, 3, true>(rows, tasks, a, a, n, lanes);
+        gram_tile<S, 3, 3, true>(rows, stride, tasks, a, a, n, lanes);
         break;
       default:
-        gram_tile<S, R, R, true>(rows, tasks, a, a, n, lanes);
+        gram_tile<S, R, R, true>(rows, stride, tasks, a, a, n, lanes);
     }
     for (int b = a + R; b < tasks; b += R) {
       switch (tasks - b) {
         case 1:
-          gram_tile<S, R, 1, false>(rows, tasks, a, b, n, lanes);
+          gram_tile<S, R, 1, false>(rows, stride, tasks, a, b, n, lanes);
           break;
         case 2:
-          gram_tile<S, R, 2, false>(rows, tasks, a, b, n, lanes);
+          gram_tile<S, R, 2, false>(rows, stride, tasks, a, b, n, lanes);
           break;
         case 3:
-          gram_tile<S, R, 3, false>(rows, tasks, a, b, n, lanes);
+          gram_tile<S, R, 3, false>(rows, stride, tasks, a, b, n, lanes);
           break;
         default:
-          gram_tile<S, R, R, false>(rows, tasks, a, b, n, lanes);
+          gram_tile<S, R, R, false>(rows, stride, tasks, a, b, n, lanes);
       }
     }
   }

@@ -24,6 +24,9 @@ constexpr std::int64_t kSerial = 1 << 16;
 constexpr std::int64_t kItems = 128;
 // From here on an output does not fit the caches and is better written past them.
 constexpr std::int64_t kStreamBytes = 1 << 23;
+// Rows of a Gram that are read where they are; blocks of more would push each other out of the
+// caches where the rows stand a power of 2 apart.
+constexpr int kInPlace = 16;
 
 const Blocks& blocks_of(Isa isa) {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -220,13 +223,16 @@ class Workspace {
   char* data_;
 };
 
-// What fills a block with updates (or with gradients).
-using Fill = void (*)(const Rows& rows, std::int64_t begin, int n, void* u);
+// What the Gram is taken of.
+struct Source {
+  void (*fill)(const Rows& rows, std::int64_t begin, int n, void* u);  // a block of it
+  bool in_place;  // the gradients themselves: whole blocks need no filling
+};
 
 // `after(begin, n, u)` follows every block of at most kBlock coordinates, while its updates u are
-// at hand.
+// at hand; not with a source in place.
 template <class After>
-void gather(const Update& update, const Clip* clip, const Blocks& blocks, Fill updates,
+void gather(const Update& update, const Clip* clip, const Blocks& blocks, const Source& source,
             double* gram, const After& after) {
   Tasks& tasks = search_tasks;
   std::vector<Item>& items = search_items;
@@ -255,12 +261,17 @@ void gather(const Update& update, const Clip* clip, const Blocks& blocks, Fill u
     if (clip != nullptr) std::memset(largest, 0, std::size_t(128) * T);
     for (std::int64_t at = begin; at < end; at += kBlock) {
       const int n = static_cast<int>(std::min<std::int64_t>(kBlock, end - at));
-      updates(tasks.rows, at, n, u);
+      if (source.in_place && n == kBlock) {
+        const char* first = static_cast<const char*>(update.grads.data) + at * (wide ? 8 : 4);
+        blocks.gram[wide](first, update.grads.stride, T, n, lanes);
+        continue;
+      }
+      source.fill(tasks.rows, at, n, u);
       if (clip != nullptr) {
         blocks.excess[dtype](u, T, clip->params, at, n, clip->lambda_rel, clip->lambda_abs,
                              largest);
       }
-      blocks.gram[wide](u, T, n, lanes);
+      blocks.gram[wide](u, kBlock, T, n, lanes);
       after(at, n, u);
     }
     for (int pair = 0; pair < pairs; ++pair) {
@@ -414,7 +425,7 @@ bool supported(Isa isa) {
 
 void search(const Update& update, const Clip* clip, double* gram) {
   const Blocks& blocks = blocks_for(update);
-  const Fill updates = blocks.updates[update.kind][static_cast<int>(update.dtype)];
+  const Source updates{blocks.updates[update.kind][static_cast<int>(update.dtype)], false};
   gather(update, clip, blocks, updates, gram, [](std::int64_t, int, const char*) {});
 }
 
@@ -445,7 +456,7 @@ void apply(const Update& update, const Step& step) {
 void delayed(const Update& update, const Step& step, double* gram) {
   const Blocks& blocks = blocks_for(update);
   const auto dtype = static_cast<int>(update.dtype);
-  const Fill updates = blocks.updates[update.kind][dtype];
+  const Source updates{blocks.updates[update.kind][dtype], false};
   const Move move = plan(update, step);
   const Factors factors = move.of(0);
   if (update.per_task) {
@@ -466,8 +477,9 @@ void delayed(const Update& update, const Step& step, double* gram) {
 void gram(DType dtype, int tasks, std::int64_t numel, Matrix grads, double* gram, int threads,
           Isa isa) {
   const Blocks& blocks = blocks_of(isa);
-  gather(without_rule(dtype, tasks, numel, grads, threads, isa), nullptr, blocks,
-         blocks.gradients[static_cast<int>(dtype)], gram,
+  const Source gradients{blocks.gradients[static_cast<int>(dtype)],
+                         size_of(dtype) == compute_size(dtype) && tasks <= kInPlace};
+  gather(without_rule(dtype, tasks, numel, grads, threads, isa), nullptr, blocks, gradients, gram,
          [](std::int64_t, int, const char*) {});
 }
 
