@@ -13,15 +13,19 @@ optimizer.step()
 
 from . import balancers, errors, rules, solvers, weightings
 from .adatask import AdaTask
+from .balancers.marigold import MARIGOLD
 from .clippy_adam import ClippyAdam
 from .pub import PUB
 from .registry import available, get
+from .zeroth_order.functional import FunctionalClosure
 
 __version__ = "0.1.0"
 __all__ = [
+    "MARIGOLD",
     "PUB",
     "AdaTask",
     "ClippyAdam",
+    "FunctionalClosure",
     "available",
     "balancers",
     "errors",

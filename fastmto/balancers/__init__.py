@@ -20,6 +20,7 @@ from .imtl_l import IMTLL
 from .ldc_mtl import LDCMTL
 from .loss_balancer import LearningBalancer, LossBalancer
 from .ls import LS
+from .marigold import MARIGOLD, MarigoldInfo
 from .mgda import MGDA
 from .mgda_ub import MGDAUB
 from .nashmtl import NashMTL
@@ -39,6 +40,7 @@ __all__ = [
     "IMTLL",
     "LDCMTL",
     "LS",
+    "MARIGOLD",
     "MGDA",
     "MGDAUB",
     "PUB",
@@ -57,6 +59,7 @@ __all__ = [
     "Info",
     "LearningBalancer",
     "LossBalancer",
+    "MarigoldInfo",
     "NashMTL",
     "PCGrad",
     "UPGrad",

@@ -88,7 +88,9 @@ class Info(Mapping[str, Any]):
         skipped: why the step was skipped; None where it was not.
     """
 
-    _KEYS = ("weights", "tasks", "gram", "cosines", "status", "result", "passes", "skipped")
+    _KEYS: ClassVar[tuple[str, ...]] = (
+        "weights", "tasks", "gram", "cosines", "status", "result", "passes", "skipped",
+    )  # fmt: skip
 
     def __init__(
         self,

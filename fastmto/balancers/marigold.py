@@ -1,0 +1,819 @@
+"""MARIGOLD: task weights from losses at displaced parameters, at a cost that T does not change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import weightings
+from ..errors import NonFiniteError, SolverError
+from ..task_gradients import Losses, as_list
+from ..weightings import Weighting
+from ..zeroth_order.estimators import directions_gram, narrowest, relative_steps, span_gram
+from ..zeroth_order.evaluations import Along, Evaluated, Evaluations, Random
+from ..zeroth_order.functional import FunctionalClosure
+from ..zeroth_order.joint import Joint, backward, joint_backward
+from ..zeroth_order.known_vectors import KnownVectors
+from ..zeroth_order.perturb import Copies, check_displaceable, check_step
+from ..zeroth_order.replay import RandomState, Replay
+from ..zeroth_order.simplex_rules import Descent, FamoRule, Mirror, Projected, SimplexRule
+from .base import Balancer, Batch, Info, check_choice, check_number, warn
+
+ESTIMATORS = ("forward", "central", "reuse", "directions", "span")
+CRITERIA = ("mgda", "famo", "bargaining", "imtl_g", "cagrad", "fairgrad")
+DISTRIBUTIONS = ("gaussian", "rademacher", "sphere")
+#: Directions a task where `n_directions` is not given.
+DIRECTIONS_A_TASK = 4
+#: What `MARIGOLD.stats` counts beyond the base's.
+STATS = ("evaluations", "dropped", "stationary")
+
+GramCriterion = Callable[[Tensor], Tensor]
+
+
+class MarigoldInfo(Info):
+    """`Info` with what the estimate of the step found.
+
+    Keys beyond `Info`'s:
+        estimator: its name.
+        evaluation: "sequential", "batched", or None where nothing was evaluated.
+        evaluations: how many times the closure was evaluated in this step.
+        derivatives: y (n,) float64 of the n present tasks ("forward", "central"; for "reuse" see
+            `MARIGOLD.last_derivatives` after `update`); None where not estimated.
+        step: h = mu ||v||, the length of the displacement; None where nothing was displaced.
+        next_lambda: (T,) simplex weights that the next step starts from.
+        dropped: why the estimate was dropped; None where it was not.
+
+    `gram` is the estimated Gram matrix ("directions" and "span").
+    """
+
+    _KEYS = (
+        *Info._KEYS, "estimator", "evaluation", "evaluations", "derivatives", "step",
+        "next_lambda", "dropped",
+    )  # fmt: skip
+
+    estimator: str
+    evaluation: str | None = None
+    evaluations: int = 0
+    derivatives: Tensor | None = None
+    step: float | None = None
+    next_lambda: Tensor | None = None
+    dropped: str | None = None
+
+
+@dataclass
+class _Reuse:
+    """What `update` needs of the step before it."""
+
+    tasks: list[int]
+    values: Tensor
+    length: float
+    copies: Copies | None
+
+
+class MARIGOLD(Balancer):
+    """MARIGOLD: bi-level balancing with zeroth-order estimates; no task gradient is ever needed.
+
+    Source: Feed m Birds with One Scone, arXiv 2603.07389. *The paper's*: balancing is a bi-level
+    problem, its upper level a criterion Phi over the task weights lambda, its lower level training
+    on the weighted loss; both run coupled, and the upper level is solved by a zeroth-order method.
+    *Ours*, because only the abstract and the outline are public: everything below that makes an
+    algorithm of it (estimators, step sizes, the rules for lambda, criteria beyond MGDA's).
+
+    With d = sum_i lambda_i grad f_i, the gradient of one backward, and
+    Phi = ||sum_i lambda_i grad f_i||^2 / 2 (MGDA's criterion),
+
+        dPhi/dlambda_j = <grad f_j, d> = y_j
+
+    is a derivative of f_j along one direction, the same for all tasks: one forward pass at
+    theta + mu d estimates all T of them.
+
+        losses -> backward with lambda_t: .grad -> losses at theta +- mu d -> y -> lambda_{t+1}
+
+    **The step is made with lambda_t; what is found at theta_t gives lambda_{t+1}** (this is the
+    coupling, and it is why one backward is enough). The first step has equal weights.
+
+    `.grad` gets the gradient of sum_i w_i f_i, heads included, by one backward; w = lambda unless
+    `preference` or `log_losses` says otherwise. It sums to 1, not to T. d is the gradient of this
+    backward on `shared_parameters` alone, whatever `.grad` held before.
+
+    Estimators (`docs/marigold.md` has errors and costs):
+        "forward"     (f_j(theta + mu d) - f_j(theta)) / mu: one evaluation of the closure.
+        "central"     (f_j(theta + mu d) - f_j(theta - mu d)) / (2 mu): two.
+        "reuse"       the training step itself, (f_j(theta_t) - f_j(theta_{t+1})) / eta, from
+                      `update(losses_after_step)`: no closure, one forward of the user's. With an
+                      optimizer other than SGD it measures along the step that was made; heads
+                      that moved in the step count, too, as in FAMO.
+        "directions"  a Gram matrix from R random directions: unbiased, noisy, of rank <= R.
+        "span"        a Gram matrix from directions in the span of known vectors.
+    The last two make no use of d: the criterion is solved on the estimated Gram matrix.
+
+    Every evaluation of an estimate sees the same batch, the same random numbers (torch's CPU and
+    CUDA generators) and the same module buffers, and leaves generators, buffers and parameters as
+    they were, also when the closure raises: see `fastmto.replay` and `fastmto.perturb`. Dropout
+    draws the same masks in the given losses, too, if they are computed inside `recording()`;
+    "forward" and "reuse" need that wherever losses are random.
+
+    Args:
+        n_tasks: T; None: found at the first backward.
+        criterion: "mgda"; with "directions" or "span" also "bargaining", "imtl_g", "cagrad",
+            "fairgrad", or any callable Gram (n, n) -> weights (n,), such as a
+            `fastmto.weightings` instance. "famo": FAMO as a special case, which is the estimator
+            "reuse" on log f with FAMO's own step of the logits.
+        estimator: see above.
+        update_every: steps between two estimates, N >= 1; `update_weights_every` is the same.
+        lambda_update: "mirror" (logits -= beta EMA(y)/L_hat, lambda their softmax) or "projected"
+            (lambda <- Proj(lambda - beta y/L_hat)); for "mgda" with d-based estimators.
+        beta: None: 2 for mirror, 1 for projected.
+        lambda_step: a step in place of beta/L_hat.
+        ema: factor of the moving average, of y (None: 0.9 for mirror, 0 for projected), or of the
+            estimated Gram matrices ("directions", "span"; None: 0).
+        relative_step: h/||theta||, h = mu ||v||; None: by the table in `fastmto.estimators`, for
+            the precision of the forward pass. Where all parameters are 0, h itself.
+        mu: mu itself, in place of `relative_step`.
+        forward_dtype: the precision of the forward pass; None: that of the narrowest tensor
+            in the graph of the first losses, so that autocast is seen.
+        step_size: eta for "reuse", e.g. SGD's learning rate. None: measured, as the length of the
+            actual step over ||d||, from a copy of the shared parameters.
+        n_directions: R; None: 4 T.
+        distribution: of the directions: "gaussian", "rademacher" or "sphere" (of radius
+            sqrt(P)).
+        difference: "forward" or "central", for "directions" and "span".
+        seed: of the directions, 0 <= seed < 2^31; they are regenerated from it, never stored.
+        span: what the known vectors are: "gradients", the tasks' gradients at the last refresh
+            (T backwards then; T vectors are kept), or "steps", the last `n_directions` joint
+            gradients (as many vectors are kept; no extra backward).
+        span_refresh: estimates between two refreshes of the gradients.
+        preference: T numbers > 0, relative. d then is MGDA's for the losses f_i / p_i: at the
+            optimum all tasks with weight descend at rates proportional to p_i. With
+            "bargaining" the bargaining powers; not for "famo" nor for callables.
+        log_losses: balance log(f_i - min_i) in place of f_i.
+        min_losses: T numbers min_i below all losses, for `log_losses` and "famo"; None: 0.
+        famo_lr, famo_gamma: learning rate and weight decay of FAMO's logits.
+        evaluation: "sequential", one row of displaced parameters at a time (memory P), or
+            "batched", all rows in one forward by `torch.func.vmap` (memory R P or 2 P), which
+            needs a `fastmto.FunctionalClosure`. One is never silently changed for the other.
+        debug: evaluate once more in every estimate, at a known point; a closure that does not
+            give the same losses is refused.
+        on_failure: "hold" or "raise", when the criterion finds no weights for an estimated Gram.
+        on_nonfinite: as `Balancer`. A displaced loss or a d that is not finite never
+            stops a step: the estimate is dropped and counted, lambda keeps its value.
+
+    Attributes:
+        lambda_: (T,) float64, the simplex weights that the next step is made with.
+        weights: (T,) what the losses were multiplied by in the last step.
+        stats: beyond `Balancer`'s: evaluations of the closure, dropped estimates, stationary
+            points (d = 0, where y = 0 for all tasks and lambda stays).
+
+    Raises:
+        ValueError: an argument out of range or one that contradicts another.
+    """
+
+    key = "marigold"
+
+    def __init__(
+        self,
+        n_tasks: int | None = None,
+        *,
+        criterion: str | GramCriterion = "mgda",
+        estimator: str | None = None,
+        update_every: int | None = None,
+        lambda_update: str = "mirror",
+        beta: float | None = None,
+        lambda_step: float | None = None,
+        ema: float | None = None,
+        relative_step: float | None = None,
+        mu: float | None = None,
+        forward_dtype: torch.dtype | None = None,
+        step_size: float | None = None,
+        n_directions: int | None = None,
+        distribution: str = "gaussian",
+        difference: str = "forward",
+        seed: int = 0,
+        span: str = "gradients",
+        span_refresh: int = 100,
+        preference: Sequence[float] | None = None,
+        log_losses: bool = False,
+        min_losses: Sequence[float] | None = None,
+        famo_lr: float = 0.025,
+        famo_gamma: float = 0.01,
+        evaluation: str = "sequential",
+        debug: bool = False,
+        on_failure: str = "hold",
+        update_weights_every: int | None = None,
+        on_nonfinite: str | None = None,
+    ) -> None:
+        if None not in (update_every, update_weights_every) and (
+            update_every != update_weights_every
+        ):
+            raise ValueError(
+                "update_every and update_weights_every are the same thing, got "
+                f"{update_every!r} and {update_weights_every!r}"
+            )
+        every = update_weights_every if update_every is None else update_every
+        famo = isinstance(criterion, str) and criterion == "famo"
+        if isinstance(criterion, str):
+            check_choice("criterion", criterion, CRITERIA)
+        elif not callable(criterion):
+            raise ValueError(f"criterion must be a name or a callable, got {criterion!r}")
+        if estimator is None:
+            estimator = "reuse" if famo else "central"
+        check_choice("estimator", estimator, ESTIMATORS)
+        check_choice("lambda_update", lambda_update, ("mirror", "projected"))
+        check_choice("distribution", distribution, DISTRIBUTIONS)
+        check_choice("difference", difference, ("forward", "central"))
+        check_choice("span", span, ("gradients", "steps"))
+        check_choice("evaluation", evaluation, ("sequential", "batched"))
+        check_choice("on_failure", on_failure, ("hold", "raise"))
+        by_gram = estimator in ("directions", "span")
+        if famo and estimator != "reuse":
+            raise ValueError(f"estimator must be 'reuse' with criterion='famo', got {estimator!r}")
+        if not by_gram and not (famo or criterion == "mgda"):
+            raise ValueError(
+                "estimator must be 'directions' or 'span' with a criterion that needs a Gram "
+                f"matrix ({criterion!r}), got {estimator!r}"
+            )
+        if mu is not None and relative_step is not None:
+            raise ValueError(f"mu and relative_step exclude each other, got {mu}, {relative_step}")
+        for name, value in (
+            ("beta", beta), ("lambda_step", lambda_step), ("relative_step", relative_step),
+            ("mu", mu), ("step_size", step_size),
+        ):  # fmt: skip
+            if value is not None:
+                check_number(name, value, 0, open_low=True)
+        for name, count in (("n_directions", n_directions), ("span_refresh", span_refresh)):
+            if count is not None and (type(count) is not int or count < 1):
+                raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
+        if type(seed) is not int or not 0 <= seed < 2**31:
+            raise ValueError(f"seed must be an integer in [0, 2^31), got {seed!r}")
+        if ema is None:
+            ema = 0.9 if lambda_update == "mirror" and not by_gram else 0.0
+        if not 0 <= ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {ema!r}")
+        if preference is not None:
+            preference = [check_number("preference", p, 0, open_low=True) for p in preference]
+            if famo or not isinstance(criterion, str):
+                raise ValueError(
+                    "preference must be None with criterion='famo' or a callable criterion, which "
+                    f"takes its own, got {preference}"
+                )
+            n_tasks = len(preference) if n_tasks is None else n_tasks
+        if min_losses is not None:
+            min_losses = [check_number("min_losses", float(x), -math.inf) for x in min_losses]
+            if not (log_losses or famo):
+                raise ValueError("min_losses must be None without log_losses or criterion='famo'")
+            n_tasks = len(min_losses) if n_tasks is None else n_tasks
+        for name, per_task in (("preference", preference), ("min_losses", min_losses)):
+            if per_task is not None and len(per_task) != n_tasks:
+                raise ValueError(f"{name} must hold {n_tasks} numbers, got {len(per_task)}")
+        self.criterion = criterion
+        self.estimator = estimator
+        self.lambda_update = lambda_update
+        self.beta = beta or (2.0 if lambda_update == "mirror" else 1.0)
+        self.lambda_step = lambda_step
+        self.ema = ema
+        self.relative_step = relative_step
+        self.mu = mu
+        self.forward_dtype = forward_dtype
+        self.step_size = step_size
+        self.n_directions = n_directions
+        self.distribution = distribution
+        self.difference = difference
+        self.seed = seed
+        self.span = span
+        self.span_refresh = span_refresh
+        self.preference = preference
+        self.log_losses = log_losses or famo
+        self.min_losses = min_losses
+        self.famo_lr = check_number("famo_lr", famo_lr, 0, open_low=True)
+        self.famo_gamma = check_number("famo_gamma", famo_gamma, 0)
+        self.evaluation = evaluation
+        self.debug = debug
+        self.on_failure = on_failure
+        self._famo = famo
+        self._weighting = _as_weighting(criterion, preference) if by_gram else None
+        super().__init__(
+            n_tasks, update_weights_every=1 if every is None else every, on_nonfinite=on_nonfinite
+        )
+
+    @property
+    def update_every(self) -> int:
+        """Steps between two estimates."""
+        return self.update_weights_every
+
+    def reset(self) -> None:
+        self._copies: Copies | None = None
+        self._precision = self.forward_dtype
+        self._recorded: RandomState | None = None
+        self._reuse: _Reuse | None = None
+        self.last_derivatives: Tensor | None = None
+        if isinstance(self._weighting, Weighting):
+            self._weighting.reset()
+        super().reset()
+        self.stats.update(dict.fromkeys(STATS, 0))
+
+    def _set_tasks(self, n_tasks: int) -> None:
+        super()._set_tasks(n_tasks)
+        for name in ("preference", "min_losses"):
+            per_task = getattr(self, name)
+            if per_task is not None and len(per_task) != n_tasks:
+                raise ValueError(f"{name} must hold {n_tasks} numbers, got {len(per_task)}")
+        self.weights = torch.full((n_tasks,), 1 / n_tasks, dtype=torch.float64)
+        self._rule: SimplexRule
+        if self._famo:
+            self._rule = FamoRule(n_tasks, self.famo_lr, self.famo_gamma)
+        else:
+            kind: type[Descent] = Mirror if self.lambda_update == "mirror" else Projected
+            self._rule = kind(n_tasks, self.beta, self.lambda_step, self.ema)
+        self._scale = torch.ones(n_tasks, dtype=torch.float64)  # F_i = f_i / scale_i
+        if self.preference is not None and self.criterion != "bargaining":
+            self._scale = torch.tensor(self.preference, dtype=torch.float64)
+            self._scale /= self._scale.mean()
+        self._minima = torch.tensor(self.min_losses or [0.0] * n_tasks, dtype=torch.float64)
+        self._gram = torch.full((n_tasks, n_tasks), math.nan, dtype=torch.float64)
+        self._estimates = 0  # estimates begun: they number the random directions
+        self._known = KnownVectors()
+        self._refreshed = 0  # the estimate that last took the tasks' gradients
+
+    @property
+    def lambda_(self) -> Tensor:
+        """(T,) float64, the weights that the next step is made with."""
+        if self.weights is None:
+            raise RuntimeError("lambda_ needs the number of tasks: give n_tasks, or call backward")
+        return self._rule.lambda_
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around the computation of the losses: the evaluations of this step start from the same
+        random numbers, and so draw the same dropout masks.
+
+            with balancer.recording():
+                losses = task_losses(model, batch)
+        """
+        self._recorded = RandomState()
+        yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Around the computation of the losses for `update`: the random numbers of `recording`,
+        afterwards those and all module buffers as before; no graph is built.
+
+        Raises:
+            RuntimeError: nothing was recorded for this step.
+        """
+        if self._recorded is None:
+            raise RuntimeError("replaying() needs recording() around the losses of this step")
+        with Replay(self._recorded)(), torch.no_grad():
+            yield
+
+    def _backward(self, batch: Batch, searches: bool) -> tuple[Tensor, Info]:
+        self._check(batch)
+        if self._reuse is not None:
+            self._reuse = None
+            self.stats["held"] += 1
+            warn(
+                "MARIGOLD found no update(losses) since its last search: with estimator='reuse' "
+                "its weights cannot change without; call it after the optimizer's step "
+                "(stats['held'])"
+            )
+        losses = batch.losses
+        # Reading the losses waits for the device: not between two estimates.
+        reads = searches or self.log_losses
+        values = losses.to("cpu", torch.float64) if reads else torch.empty(0)
+        own = self._loss_weights(batch.tasks, values)
+        weights = own.to(losses.device, losses.dtype, non_blocking=True)
+        joint = self._joint_gradient(batch, weights, searches)
+        assert self.weights is not None
+        self.weights = self.weights.clone()
+        self.weights[batch.tasks] = own
+        info = MarigoldInfo(self.weights, self.names)
+        info.estimator = self.estimator
+        if searches:
+            self._search(batch, values, joint, info)
+        info.next_lambda = self._rule.lambda_
+        if self._reuse is None:
+            self._recorded = None
+        return weights @ losses, info
+
+    def _check(self, batch: Batch) -> None:
+        """Refuse a call that the estimator cannot work with, before anything is written."""
+        needs_shared = self.estimator != "reuse" or not self._famo
+        if batch.shared is None and needs_shared:
+            raise ValueError(
+                "shared_parameters must be given to MARIGOLD.backward with "
+                f"estimator={self.estimator!r}"
+            )
+        if batch.shared is not None:
+            check_displaceable(batch.shared)
+        if batch.closure is None and self.estimator != "reuse":
+            raise ValueError(
+                "closure must be given to MARIGOLD.backward with "
+                f"estimator={self.estimator!r}: it recomputes the losses on the same batch"
+            )
+        if self.evaluation == "batched" and not isinstance(batch.closure, FunctionalClosure):
+            raise ValueError(
+                "closure must be a fastmto.FunctionalClosure with evaluation='batched', got "
+                f"{type(batch.closure).__name__}"
+            )
+
+    def _loss_weights(self, tasks: list[int], values: Tensor) -> Tensor:
+        """What the n present losses are multiplied by: lambda_i dF_i/df_i."""
+        weights = self._rule.lambda_[tasks] / self._scale[tasks]
+        if self.log_losses:
+            above = values - self._minima[tasks]
+            low = (~(above > 0)).nonzero()
+            if len(low):
+                k = int(low[0])
+                raise ValueError(
+                    f"{self._label(tasks[k])} must be > {float(self._minima[tasks[k]]):g}: its "
+                    f"logarithm is balanced, got {float(values[k]):g}"
+                )
+            weights = weights / above
+        return weights / weights.sum() if self._famo else weights
+
+    def _transformed(self, tasks: list[int], values: Tensor) -> Tensor:
+        """F (..., n) from losses f (..., n), float64; NaN where there is no logarithm."""
+        if self.log_losses:
+            values = (values - self._minima[tasks]).log()
+        return values / self._scale[tasks]
+
+    def _joint_gradient(self, batch: Batch, weights: Tensor, searches: bool) -> Joint | None:
+        """The backward of the step; its gradient where an estimate needs it."""
+        shared, assigned = batch.shared, self.weights
+        assert assigned is not None
+        if searches and self.estimator == "span" and self.span == "gradients":
+            assert shared is not None
+            self._known.bind(shared)
+            age = self._estimates - self._refreshed
+            if len(self._known) == 0 or age >= self.span_refresh:
+                self._known.take_gradients(batch.present, batch.tasks, len(assigned), shared)
+                self.stats["backwards"] += len(batch.tasks)
+                self._refreshed = self._estimates
+        self.stats["backwards"] += 1
+        if searches and shared is not None:
+            return joint_backward(batch.present, weights, shared)
+        backward(batch.present, weights)
+        return None
+
+    def _search(
+        self, batch: Batch, values: Tensor, joint: Joint | None, info: MarigoldInfo
+    ) -> None:
+        """Estimate, then move lambda; for "reuse", remember what `update` will need."""
+        self.stats["searches"] += 1
+        self._estimates += 1
+        if joint is not None and not math.isfinite(joint.length):
+            self._drop("the gradient is not finite", info)
+        elif self.estimator == "reuse":
+            self._remember(batch, values, 1.0 if joint is None else joint.length)
+        elif self.estimator == "directions":
+            self._take_up_gram(batch, self._random_gram(batch, values, info), info)
+        elif self.estimator == "span":
+            assert joint is not None
+            self._take_up_gram(batch, self._span_gram(batch, values, joint, info), info)
+        elif joint is None or joint.length == 0:
+            self.stats["stationary"] += 1
+            self._found = True
+        else:
+            y = self._along(batch, values, joint, info)
+            if self._take_up(y, joint.length**2, batch.tasks, info):
+                info.derivatives = y
+
+    def _along(self, batch: Batch, values: Tensor, joint: Joint, info: MarigoldInfo) -> Tensor:
+        """y (n,) by a forward or central difference along d."""
+        central = self.estimator == "central"
+        copies = self._copies_for(batch, 2 if central else 1)
+        info.step = h = self._step(copies, joint.length, self.estimator, batch)
+        mu = h / joint.length
+        points = [Along(joint.direction, sign * mu) for sign in ((1, -1) if central else (1,))]
+        found = self._evaluate(batch, values, copies, points, info)
+        shifts = [along / joint.length**2 for along in found.along]
+        if central:
+            return (found.values[0] - found.values[1]) / (shifts[0] - shifts[1])
+        return (found.values[0] - self._transformed(batch.tasks, values)) / shifts[0]
+
+    def _take_up(
+        self, y: Tensor, squared: float, tasks: list[int], info: MarigoldInfo | None
+    ) -> bool:
+        """Move lambda by the derivatives y (n,); whether they were finite."""
+        if not bool(y.isfinite().all()):
+            self._drop("a displaced loss is not finite", info)
+            return False
+        self._rule.move(y, squared, tasks)
+        self._found = True
+        self.last_derivatives = y
+        return True
+
+    def _drop(self, why: str, info: MarigoldInfo | None) -> None:
+        self.stats["dropped"] += 1
+        if info is not None:
+            info.dropped = why
+        warn(f"estimate dropped: {why}; lambda keeps its value (stats['dropped'])")
+
+    def _random_gram(self, batch: Batch, values: Tensor, info: MarigoldInfo) -> Tensor:
+        """G_hat (n, n) of the F_i from random directions."""
+        assert self.weights is not None
+        count = self.n_directions or DIRECTIONS_A_TASK * len(self.weights)
+        signs = (1, -1) if self.difference == "central" else (1,)
+        copies = self._copies_for(batch, count * len(signs))
+        radius = math.sqrt(copies.numel)  # E ||u||^2 = P
+        info.step = h = self._step(copies, radius, self.difference, batch)
+        first = (self._estimates - 1) * count
+        points = [
+            Random(sign * h / radius, self.seed, first + r, self.distribution)
+            for sign in signs
+            for r in range(count)
+        ]
+        found = self._evaluate(batch, values, copies, points, info)
+        shifts = torch.full((count,), h / radius, dtype=torch.float64)
+        return directions_gram(self._slopes(batch, values, found, shifts))
+
+    def _span_gram(self, batch: Batch, values: Tensor, joint: Joint, info: MarigoldInfo) -> Tensor:
+        """G_hat (n, n) of the F_i from the known vectors."""
+        shared = batch.shared
+        assert shared is not None
+        assert self.weights is not None
+        if self.span == "steps":
+            self._known.bind(shared)
+            most = self.n_directions or len(self.weights)
+            self._known.append(joint.direction, shared, most)
+        inner = self._known.inner()
+        used = (inner.diagonal() > 0).nonzero().flatten()
+        if len(used) == 0:
+            return torch.zeros(len(batch.tasks), len(batch.tasks), dtype=torch.float64)
+        inner = inner[used][:, used]
+        squares = inner.diagonal()
+        signs = (1, -1) if self.difference == "central" else (1,)
+        copies = self._copies_for(batch, len(used) * len(signs))
+        info.step = h = self._step(copies, 1.0, self.difference, batch)
+        points = [
+            Along(self._known.vectors[k], sign * h / math.sqrt(square))
+            for sign in signs
+            for k, square in zip(used.tolist(), squares.tolist(), strict=True)
+        ]
+        found = self._evaluate(batch, values, copies, points, info)
+        along = torch.tensor(found.along, dtype=torch.float64).view(len(signs), -1)
+        shifts = (along[0] if len(signs) == 1 else (along[0] - along[1]) / 2) / squares
+        return span_gram(self._slopes(batch, values, found, shifts), inner)
+
+    def _slopes(self, batch: Batch, values: Tensor, found: Evaluated, shifts: Tensor) -> Tensor:
+        """(R, n) derivatives along R directions; central differences have the minus side last."""
+        if self.difference == "forward":
+            change = found.values - self._transformed(batch.tasks, values)
+            return change / shifts[:, None]
+        plus, minus = found.values.chunk(2)
+        return (plus - minus) / (2 * shifts[:, None])
+
+    def _take_up_gram(self, batch: Batch, gram: Tensor, info: MarigoldInfo) -> None:
+        """Put lambda where the criterion says for the Gram matrix, averaged with earlier ones."""
+        if not bool(gram.isfinite().all()):
+            self._drop("a displaced loss is not finite", info)
+            return
+        n = len(gram)
+        rows = torch.tensor(batch.tasks)
+        block = (rows[:, None], rows[None, :])
+        before = self._gram[block]
+        gram = torch.where(before.isnan(), gram, self.ema * before + (1 - self.ema) * gram)
+        self._gram = self._gram.clone()
+        self._gram[block] = gram
+        info.gram = gram
+        try:
+            if isinstance(self._weighting, Weighting):
+                everyone = n == len(self._gram)
+                found = self._weighting(gram, None if everyone else batch.tasks)
+            else:
+                assert self._weighting is not None
+                found = self._weighting(gram.clone())
+        except SolverError as error:
+            if self.on_failure == "raise":
+                raise
+            self.stats["held"] += 1
+            info.status = error.status
+            warn(f"weights held: {error} (stats['held'])")
+            return
+        info.result = getattr(self._weighting, "result", None)
+        info.status = getattr(info.result, "status", None)
+        found = torch.as_tensor(found).detach().to("cpu", torch.float64)
+        if found.shape != (n,) or not bool(found.isfinite().all()):
+            raise ValueError(
+                f"criterion must return {n} finite weights, got {found.tolist()} of shape "
+                f"{tuple(found.shape)}"
+            )
+        lambda_ = self._rule.lambda_.clone()
+        lambda_[batch.tasks] = found
+        self._rule.set(lambda_)
+        self._found = True
+
+    def _remember(self, batch: Batch, values: Tensor, length: float) -> None:
+        """Keep what "reuse" needs of this point."""
+        copies = None
+        if not self._famo and self.step_size is None:
+            copies = self._copies_for(batch, 1)
+            copies.displace(0, [None] * len(copies.parameters), 0.0)
+        start = self._transformed(batch.tasks, values)
+        self._reuse = _Reuse(batch.tasks, start, length, copies)
+
+    def update(self, losses: Losses) -> None:
+        """Take the losses after the optimizer's step on the same batch, for estimator="reuse".
+
+        Does nothing after a step that made no estimate or was skipped.
+
+        Args:
+            losses: as in `backward`; graphs are not needed. Compute them inside `replaying()`
+                where losses are random or running statistics must not move. Tasks of the step
+                before must all be there.
+
+        Raises:
+            RuntimeError: the estimator is another, or there was no backward yet.
+            ValueError: wrong losses.
+            NonFiniteError: a loss is not finite, with `on_nonfinite="raise"`.
+        """
+        if self.estimator != "reuse":
+            raise RuntimeError(
+                f"update(losses) belongs to estimator='reuse', got {self.estimator!r}"
+            )
+        if self._estimates_begun() == 0:
+            raise RuntimeError("update(losses) must come after backward(losses), got no backward")
+        if self._reuse is None:
+            return
+        before, self._reuse, self._recorded = self._reuse, None, None
+        values = self._read(losses, before.tasks, "losses").to("cpu", torch.float64)
+        if self.on_nonfinite == "raise" and not bool(values.isfinite().all()):
+            raise NonFiniteError("update: a loss is not finite; lambda keeps its value")
+        if before.length == 0:
+            self.stats["stationary"] += 1
+            self._found = True
+            return
+        eta = 1.0 if self._famo else self.step_size
+        if eta is None:
+            assert before.copies is not None
+            eta = before.copies.distance(0) / before.length
+            if eta == 0:
+                self._drop("the optimizer's step moved no shared parameter", None)
+                return
+        change = before.values - self._transformed(before.tasks, values)
+        self._take_up(change / eta, before.length**2, before.tasks, None)
+
+    def _estimates_begun(self) -> int:
+        return 0 if self.weights is None else self._estimates
+
+    def _copies_for(self, batch: Batch, points: int) -> Copies:
+        """The buffers of this estimate: those of the last one if they fit."""
+        assert batch.shared is not None
+        n_rows = points if self.evaluation == "batched" else 1
+        if self._copies is None or not self._copies.fits(batch.shared, n_rows):
+            self._copies = Copies(batch.shared, n_rows)
+        return self._copies
+
+    def _step(self, copies: Copies, unit: float, difference: str, batch: Batch) -> float:
+        """h = mu * unit, checked against the parameters' resolution."""
+        length = copies.norm()
+        dtype = max((x.dtype for x in copies.layouts), key=lambda d: torch.finfo(d).eps)
+        if self._precision is None:
+            self._precision = narrowest(batch.present, dtype)
+        if self.mu is not None:
+            check_step(self.mu * unit, length, dtype, "mu", unit)
+            return self.mu * unit
+        relative = self.relative_step or relative_steps(difference, self._precision)
+        scale = length or 1.0
+        check_step(relative * scale, length, dtype, "relative_step", scale)
+        return relative * scale
+
+    def _evaluate(
+        self,
+        batch: Batch,
+        values: Tensor,
+        copies: Copies,
+        points: Sequence[Along | Random],
+        info: MarigoldInfo,
+    ) -> Evaluated:
+        """F at all points."""
+        tasks, closure = batch.tasks, batch.closure
+        assert closure is not None
+        evaluations = Evaluations(
+            closure,
+            lambda losses: self._read(losses, tasks, "closure's losses"),
+            copies,
+            self._recorded,
+        )
+        batched = self.evaluation == "batched"
+        try:
+            found = evaluations.batched(points) if batched else evaluations.sequential(points)
+            if self.debug:
+                self._repeat(evaluations, values, points[0], found.values[0], tasks)
+        finally:
+            self.stats["evaluations"] += evaluations.count
+        info.evaluation, info.evaluations = self.evaluation, evaluations.count
+        return Evaluated(self._transformed(tasks, found.values), found.along)
+
+    def _repeat(
+        self,
+        evaluations: Evaluations,
+        values: Tensor,
+        point: Along | Random,
+        displaced: Tensor,
+        tasks: list[int],
+    ) -> None:
+        """One evaluation more: at the parameters themselves where the given losses take part in
+        the estimate, otherwise at its first point again."""
+        by_gram = self.estimator in ("directions", "span")
+        given = (self.difference if by_gram else self.estimator) == "forward"
+        first = values if given else displaced
+        eps = torch.finfo(self._precision or torch.float32).eps
+        task = evaluations.repeat(None if given else point, first, eps)
+        if task is not None:
+            was = "given to backward as" if given else "evaluated to"
+            raise ValueError(
+                "closure must give the same losses whenever it is called at the same parameters: "
+                f"{self._label(tasks[task])} was {was} {float(first[task]):.9g}, then evaluated "
+                f"to {float(evaluations.again[task]):.9g}. Another batch, another autocast, "
+                "random numbers of other generators than torch's, or losses given to backward "
+                "that were not computed inside recording()?"
+            )
+
+    def _read(self, returned: Losses, tasks: list[int], what: str) -> Tensor:
+        """(n,) of the present tasks from what a closure returned."""
+        assert self.weights is not None
+        n_tasks = len(self.weights)
+        if isinstance(returned, Tensor) and returned.shape == (n_tasks,):
+            picked = returned if len(tasks) == n_tasks else returned[tasks]
+            return picked.detach()
+        try:
+            values, _ = as_list(returned, n_tasks, self.names, attached=False)
+        except ValueError as error:
+            raise ValueError(f"{what} must be like those given to backward: {error}") from error
+        found = [values[i] for i in tasks]
+        missing = [self._label(i) for i, value in zip(tasks, found, strict=True) if value is None]
+        if missing:
+            raise ValueError(
+                f"{what} must hold the tasks given to backward, but {', '.join(missing)} is None"
+            )
+        return torch.stack([value.detach().reshape(()) for value in found if value is not None])
+
+    def _state(self) -> dict[str, Any]:
+        weighting = self._weighting.state_dict() if isinstance(self._weighting, Weighting) else {}
+        return {
+            "rule": self._rule.state_dict(),
+            "gram": self._gram.clone(),
+            "estimates": self._estimates,
+            "refreshed": self._refreshed,
+            "known": self._known.state_dict(),
+            "precision": self._precision,
+            "weighting": weighting,
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        mine = self._state()
+        if set(state) != set(mine):
+            raise ValueError(f"state must hold {sorted(mine)}, got {sorted(state)}")
+        if set(state["rule"]) != set(mine["rule"]):
+            raise ValueError(
+                f"state_dict must be of the same rule for lambda, which keeps "
+                f"{sorted(mine['rule'])}, got {sorted(state['rule'])}"
+            )
+        self._rule.load_state_dict(state["rule"])
+        self._gram = state["gram"].clone()
+        self._estimates = state["estimates"]
+        self._refreshed = state["refreshed"]
+        self._known.load_state_dict(state["known"])
+        self._precision = state["precision"]
+        if isinstance(self._weighting, Weighting):
+            self._weighting.load_state_dict(state["weighting"])
+        self._reuse = None
+        self._recorded = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold no buffers: they belong to another model's parameters."""
+        return {**self.__dict__, "_copies": None, "_reuse": None, "_recorded": None}
+
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "criterion": self.criterion,
+            "estimator": self.estimator,
+            "lambda_update": self.lambda_update,
+            "evaluation": self.evaluation,
+        }
+        if self.estimator == "directions":
+            options |= {"n_directions": self.n_directions, "distribution": self.distribution}
+        return options
+
+
+def _as_weighting(
+    criterion: str | GramCriterion, preference: Sequence[float] | None
+) -> GramCriterion:
+    """The weighting of a criterion by its name."""
+    if not isinstance(criterion, str):
+        return criterion
+    if criterion == "bargaining":
+        return weightings.Bargaining(preference=preference)
+    classes: dict[str, type[Weighting]] = {
+        "mgda": weightings.MGDA,
+        "imtl_g": weightings.IMTLG,
+        "cagrad": weightings.CAGrad,
+        "fairgrad": weightings.FairGrad,
+    }
+    return classes[criterion]()
