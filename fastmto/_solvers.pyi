@@ -1,9 +1,6 @@
-"""The native solvers: ready numpy arrays in, `Result` out. Use `fastmto.solvers` instead."""
+"""The native solvers: ready arrays and tensors in, `Result` out. Use `fastmto.solvers` instead."""
 
-from typing import Generic, Literal, TypeVar
-
-from numpy import float64
-from numpy.typing import NDArray
+from typing import Any, Generic, Literal, TypeVar
 
 Status = Literal[
     "solved",
@@ -14,6 +11,7 @@ Status = Literal[
     "near_stationary",
     "unbounded",
     "max_iterations",
+    "singular",
 ]
 STATUSES: tuple[Status, ...]
 
@@ -36,6 +34,7 @@ class Result(Generic[W_co]):
     @property
     def ok(self) -> bool: ...
 
+# None where an argument has to be converted.
 def bargaining(
     gram: object,
     method: str,
@@ -45,7 +44,16 @@ def bargaining(
     max_steps: int,
     ridge: float,
     /,
-) -> Result[NDArray[float64]] | None: ...
+) -> Result[Any] | None: ...
 def ccp_step(
     gram: object, previous: object, preference: object, ridge: float, /
-) -> Result[NDArray[float64]] | None: ...
+) -> Result[Any] | None: ...
+def mgda(gram: object, /) -> Result[Any] | None: ...
+def imtl_g(gram: object, /) -> Result[Any] | None: ...
+def cagrad(gram: object, c: float, /) -> Result[Any] | None: ...
+def dual_cone(gram: object, reference: object, /) -> Result[Any] | None: ...
+def upgrad(gram: object, preference: object, /) -> Result[Any] | None: ...
+def aligned_mtl(gram: object, scale: str, /) -> Result[Any] | None: ...
+def fairgrad(gram: object, alpha: float, /) -> Result[Any] | None: ...
+def pcgrad(gram: object, orders: object, /) -> Result[Any] | None: ...
+def simplex_projection(vector: object, /) -> Result[Any] | None: ...

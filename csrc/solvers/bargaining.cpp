@@ -6,16 +6,13 @@
 #include <cfloat>
 #include <cmath>
 
+#include "dispatch.h"
+#include "gram.h"
 #include "linalg.h"
 
 namespace fastmto::solvers {
 namespace {
 
-constexpr double kEps = DBL_EPSILON;
-// A float32 Gram matrix can put the cosine of two equal updates this far above 1.
-constexpr double kCosineSlack = 1e-3;
-// Relative to sqrt(gram[i][i] gram[j][j]); float32 matrix products are symmetric to about 1e-6.
-constexpr double kAsymmetry = 1e-5;
 constexpr int kMaxNewton = 100;
 constexpr int kMaxLineSearch = 40;
 constexpr int kMaxInterior = 60;
@@ -34,19 +31,6 @@ constexpr double kSoftness = 1e-8;
 constexpr int kMaxPolish = 8;
 // Diagonal entries beyond this make a free and a dependent change trade places.
 constexpr double kPivot = 4.0;
-
-FASTMTO_INLINE double max_of(double a, double b) { return a > b ? a : b; }
-FASTMTO_INLINE double min_of(double a, double b) { return a < b ? a : b; }
-
-// Hands out the workspace; the totals are exact_workspace() and ccp_workspace().
-struct Arena {
-  double* next;
-  FASTMTO_INLINE double* take(std::size_t count) {
-    double* p = next;
-    next += count;
-    return p;
-  }
-};
 
 // What one solve works on; all vectors (ld) with zeros from n on, matrices (n, ld).
 struct Exact {
@@ -133,32 +117,6 @@ FASTMTO_INLINE Interior carve_interior(int n, int ld, Arena* arena) {
   f.e = arena->take(ld);
   f.t = arena->take(ld);
   return f;
-}
-
-// Names what is wrong with a matrix that the fast check has refused.
-Status diagnose(const Problem& problem) {
-  const int n = problem.tasks;
-  const double* g = problem.gram;
-  bool negative = false;
-  for (std::ptrdiff_t i = 0; i < static_cast<std::ptrdiff_t>(n) * n; ++i) {
-    if (!(std::fabs(g[i]) <= DBL_MAX)) return Status::kNotFinite;
-  }
-  for (int i = 0; i < n; ++i) {
-    const double d = g[static_cast<std::ptrdiff_t>(i) * n + i];
-    if (std::fabs(d) < DBL_MIN) return Status::kZeroUpdate;
-    negative = negative || d < 0.0;
-  }
-  if (negative) return Status::kNotPsd;
-  for (int i = 0; i < n; ++i) {
-    for (int j = 0; j < i; ++j) {
-      const std::ptrdiff_t ij = static_cast<std::ptrdiff_t>(i) * n + j;
-      const std::ptrdiff_t ji = static_cast<std::ptrdiff_t>(j) * n + i;
-      const double length = std::sqrt(g[static_cast<std::ptrdiff_t>(i) * n + i]) *
-                            std::sqrt(g[static_cast<std::ptrdiff_t>(j) * n + j]);
-      if (!(std::fabs(g[ij] - g[ji]) <= kAsymmetry * length)) return Status::kNotSymmetric;
-    }
-  }
-  return Status::kNotPsd;
 }
 
 // s, C and p of the problem. False if the matrix has to be diagnosed.
@@ -351,7 +309,7 @@ FASTMTO_INLINE Status solve_exact(const Problem& problem, int ld, const double* 
                                   double tol, const Exact& e, double* p_scale, Info* info) {
   const int n = problem.tasks;
   *info = Info{0, 0.0, 0.0};
-  if (!prepare(problem, ld, e, p_scale)) return diagnose(problem);
+  if (!prepare(problem, ld, e, p_scale)) return diagnose(n, problem.gram, false);
   if (n <= 2 && problem.preference == nullptr) return closed_form(n, ld, e, info);
   bool warm = false;
   if (warm_start != nullptr) {
@@ -794,59 +752,38 @@ FASTMTO_INLINE Status ccp_body(const Problem& problem, const double* start, int 
   return Status::kSolved;
 }
 
-// One body, compiled for the instruction sets of x86-64 the exact one also for rows of one pack.
-#define FASTMTO_BODIES(name, target)                                                               \
-  target Status exact_##name(const Problem& problem, const double* warm_start, double tol,        \
-                             double* workspace, double* weights, Info* info) {                    \
-    if (problem.tasks <= 8)                                                                        \
-      return exact_body<8>(problem, warm_start, tol, workspace, weights, info);                    \
-    return exact_body<0>(problem, warm_start, tol, workspace, weights, info);                      \
-  }                                                                                                \
-  target Status ccp_##name(const Problem& problem, const double* start, int max_steps, double tol, \
-                           double* workspace, double* weights, Info* info) {                      \
-    return ccp_body(problem, start, max_steps, tol, workspace, weights, info);                  \
-  }
-
-FASTMTO_BODIES(plain, )
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define FASTMTO_X86 1
-FASTMTO_BODIES(avx2, __attribute__((target("avx2"))))
-FASTMTO_BODIES(avx512, __attribute__((target("avx2,avx512f,avx512dq,avx512vl"))))
-#endif
-
-struct Backend {
-  decltype(&exact_plain) exact;
-  decltype(&ccp_plain) ccp;
-};
-
-Backend choose() {
-#ifdef FASTMTO_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return {exact_avx512, ccp_avx512};
-  if (__builtin_cpu_supports("avx2")) return {exact_avx2, ccp_avx2};
-#endif
-  return {exact_plain, ccp_plain};
+// Rows of one pack have a copy of their own.
+FASTMTO_INLINE Status exact(const Problem& problem, const double* warm_start, double tol,
+                            double* workspace, double* weights, Info* info) {
+  if (problem.tasks <= kLanes)
+    return exact_body<kLanes>(problem, warm_start, tol, workspace, weights, info);
+  return exact_body<0>(problem, warm_start, tol, workspace, weights, info);
 }
 
-const Backend backend = choose();
+FASTMTO_DISPATCH(exact,
+                 (const Problem& problem, const double* warm_start, double tol, double* workspace,
+                  double* weights, Info* info),
+                 (problem, warm_start, tol, workspace, weights, info))
+FASTMTO_DISPATCH(ccp_body,
+                 (const Problem& problem, const double* start, int max_steps, double tol,
+                  double* workspace, double* weights, Info* info),
+                 (problem, start, max_steps, tol, workspace, weights, info))
 
 }  // namespace
 
 Status bargaining_exact(const Problem& problem, const double* warm_start, double tol,
                         double* workspace, double* weights, Info* info) {
-  return backend.exact(problem, warm_start, tol, workspace, weights, info);
+  return exact_chosen(problem, warm_start, tol, workspace, weights, info);
 }
 
 Status bargaining_ccp(const Problem& problem, const double* warm_start, int max_steps, double tol,
                       double* workspace, double* weights, Info* info) {
-  return backend.ccp(problem, warm_start, max_steps, tol, workspace, weights, info);
+  return ccp_body_chosen(problem, warm_start, max_steps, tol, workspace, weights, info);
 }
 
 Status ccp_step(const Problem& problem, const double* previous, double* workspace, double* weights,
                 Info* info) {
-  return backend.ccp(problem, previous, 0, 0.0, workspace, weights, info);
+  return ccp_body_chosen(problem, previous, 0, 0.0, workspace, weights, info);
 }
 
 }  // namespace fastmto::solvers

@@ -37,14 +37,13 @@ struct Problem {
   double ridge;              // >= 0 and finite
 };
 
-struct Info {
-  std::int32_t iterations;  // exact: Newton steps; ccp: outer steps; step: interior-point steps
-  double residual;  // exact: max_i |a_i (G a)_i / p_i - 1|
-                    // ccp, step: max_i |a_i / a_i' - 1|, a' the iterate before the last step
-  double kappa;     // max_i (y_i / p_i) sum_i y_i, y_i = a_i sqrt(gram[i][i]) of the exact solution:
-                    // relative error of a per relative error of the cosines
-                    // (both 0 where the solver did not get so far)
-};
+// Info here:
+//   iterations  exact: Newton steps; ccp: outer steps; step: interior-point steps
+//   residual    exact: max_i |a_i (G a)_i / p_i - 1|
+//               ccp, step: max_i |a_i / a_i' - 1|, a' the iterate before the last step
+//   kappa       max_i (y_i / p_i) sum_i y_i, y_i = a_i sqrt(gram[i][i]) of the exact solution:
+//               relative error of a per relative error of the cosines
+//               (both 0 where the solver did not get so far)
 
 // Length of the workspace in doubles.
 constexpr std::size_t exact_workspace(int tasks) {

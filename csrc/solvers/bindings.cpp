@@ -1,21 +1,34 @@
-// fastmto._solvers: the small-dimension solvers on ready numpy arrays.
+// fastmto._solvers: the small-dimension solvers on ready numpy arrays and CPU tensors.
 //
 // A solve of two tasks takes tens of nanoseconds, so the calls go through METH_FASTCALL and the
 // result is a plain extension type: the usual pybind11 dispatch and class would cost several times
-// the solve. Arrays that are not float64 and C-contiguous are not converted here: the functions
-// return None and fastmto/solvers/bargaining.py converts.
+// the solve. A Gram matrix is taken as a C-contiguous float64 array, or as a float64 or float32
+// CPU tensor of any strides; the other arguments as C-contiguous arrays. Nothing else is converted
+// here: the functions return None and fastmto/solvers/convert.py converts.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <structmember.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <memory>
+#include <vector>
 
+#include "aligned_mtl.h"
 #include "bargaining.h"
+#include "cagrad.h"
+#include "dual_cone.h"
+#include "fairgrad.h"
+#include "imtl_g.h"
+#include "mgda.h"
+#include "pcgrad.h"
+#include "simplex.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 namespace solvers = fastmto::solvers;
+namespace tensors = fastmto::tensors;
 
 namespace {
 
@@ -27,7 +40,8 @@ constexpr int kMaxTasks = 1 << 14;
 
 const char* const kStatusNames[solvers::kStatusCount] = {
     "solved",  "not_finite",      "not_symmetric", "zero_update",
-    "not_psd", "near_stationary", "unbounded",     "max_iterations"};
+    "not_psd", "near_stationary", "unbounded",     "max_iterations",
+    "singular"};
 
 PyObject* status_names[solvers::kStatusCount];
 PyTypeObject* result_type;
@@ -140,6 +154,9 @@ py::ssize_t length(PyObject* array, int axis) {
   return py::detail::array_proxy(array)->dimensions[axis];
 }
 
+// Largest reference or preference of a projection: sums of T of them stay finite.
+constexpr double kLargest = 1e300;
+
 // A (T,) argument that is None or positive. False with an error set, or with none set where the
 // array has to be converted.
 bool positive_vector(PyObject* object, const char* name, py::ssize_t tasks, const double** data) {
@@ -164,34 +181,62 @@ bool positive_vector(PyObject* object, const char* name, py::ssize_t tasks, cons
 struct HeapDelete {
   void operator()(double* p) const { std::free(p); }
 };
+using Heap = std::unique_ptr<double, HeapDelete>;
 
-template <typename Solve>
-PyObject* run(py::ssize_t tasks, std::size_t workspace_size, const Solve& solve) {
-  PyObject* weights = py::array_t<double>(tasks).release().ptr();
+Heap heap(std::size_t count) {
+  count = (count + 7) / 8 * 8;
+  return Heap(static_cast<double*>(std::aligned_alloc(64, count * sizeof(double))));
+}
+
+// A float64 matrix or vector with the kind of weights that answer to it.
+struct Input {
+  int tasks;
+  const double* data;
+  std::uint8_t bits;  // of the tensor, or 0 for a numpy array
+  Heap copy;          // what `data` points to where it had to be converted
+};
+
+// Up to this many weights are kept on the stack before they become a tensor.
+constexpr int kStackWeights = 512;
+
+PyObject* new_weights(const Input& input, const double* values) {
+  if (input.bits != 0) return tensors::new_vector(input.tasks, input.bits, values);
+  PyObject* weights = py::array_t<double>(input.tasks).release().ptr();
   auto* out = reinterpret_cast<double*>(py::detail::array_proxy(weights)->data);
+  for (int i = 0; i < input.tasks; ++i) out[i] = values[i];
+  return weights;
+}
+
+// Calls solve(workspace, weights, info) and packs what it returns. kWorkspace: doubles by tasks.
+template <std::size_t (*kWorkspace)(int), typename Solve>
+PyObject* run(const Input& input, const Solve& solve) {
+  const int tasks = input.tasks;
+  double few[kStackWeights];
+  Heap many;
+  double* out = few;
+  if (tasks > kStackWeights) {
+    many = heap(tasks);
+    out = many.get();
+    if (out == nullptr) return PyErr_NoMemory();
+  }
   solvers::Info info;
   solvers::Status status;
   if (tasks < kReleaseTasks) {
-    alignas(64) double workspace[solvers::ccp_workspace(kReleaseTasks)];
+    alignas(64) double workspace[kWorkspace(kReleaseTasks)];
     status = solve(workspace, out, &info);
   } else if (tasks <= kStackTasks) {
     py::gil_scoped_release release;
-    alignas(64) double workspace[solvers::ccp_workspace(kStackTasks)];
+    alignas(64) double workspace[kWorkspace(kStackTasks)];
     status = solve(workspace, out, &info);
   } else {
-    std::unique_ptr<double, HeapDelete> workspace(
-        static_cast<double*>(std::aligned_alloc(64, workspace_size * sizeof(double))));
-    if (workspace == nullptr) {
-      Py_DECREF(weights);
-      return PyErr_NoMemory();
-    }
+    const Heap workspace = heap(kWorkspace(tasks));
+    if (workspace == nullptr) return PyErr_NoMemory();
     py::gil_scoped_release release;
     status = solve(workspace.get(), out, &info);
   }
-  if (status != solvers::Status::kSolved) {
-    Py_DECREF(weights);
-    weights = Py_NewRef(Py_None);
-  }
+  PyObject* weights =
+      status == solvers::Status::kSolved ? new_weights(input, out) : Py_NewRef(Py_None);
+  if (weights == nullptr) return nullptr;
   auto* result = new_result(weights, status_names[static_cast<int>(status)], info.iterations,
                             info.residual, info.kappa);
   Py_DECREF(weights);
@@ -208,18 +253,85 @@ bool number(PyObject* object, const char* name, double low, double high, double*
   return true;
 }
 
-// The (T, T) Gram matrix. False with or without an error set, as positive_vector.
-bool square(PyObject* object, solvers::Problem* problem) {
-  problem->gram = ready(object);
-  if (problem->gram == nullptr) return false;
-  if (dimensions(object) != 2 || length(object, 0) != length(object, 1) ||
-      length(object, 0) < 1 || length(object, 0) > kMaxTasks) {
-    PyErr_Format(PyExc_ValueError,
-                 "gram must have the shape (T, T) with 1 <= T <= %d, got %R", kMaxTasks,
+template <typename T>
+void gather(const tensors::View& view, double* out) {
+  const auto* data = static_cast<const T*>(view.data);
+  const std::int64_t columns = view.dimensions == 2 ? view.shape[1] : 1;
+  const std::int64_t across = view.dimensions == 2 ? view.strides[1] : 0;
+  for (std::int64_t i = 0; i < view.shape[0]; ++i)
+    for (std::int64_t j = 0; j < columns; ++j)
+      *out++ = static_cast<double>(data[i * view.strides[0] + j * across]);
+}
+
+// (T, T) for two dimensions, (T,) for one. False with an error set, or with none set where the
+// object has to be converted first.
+bool read(PyObject* object, const char* name, int expected, Input* input) {
+  tensors::View view;
+  const bool is_tensor = tensors::view_of(object, &view);
+  const double* data = is_tensor ? nullptr : ready(object);
+  if (!is_tensor && data == nullptr) return false;
+  const int found = is_tensor ? view.dimensions : dimensions(object);
+  std::int64_t shape[2] = {1, 1};
+  for (int i = 0; i < expected && found == expected; ++i)
+    shape[i] = is_tensor ? view.shape[i] : static_cast<std::int64_t>(length(object, i));
+  if (found != expected || (expected == 2 && shape[0] != shape[1]) || shape[0] < 1 ||
+      shape[0] > kMaxTasks) {
+    PyErr_Format(PyExc_ValueError, "%s must have the shape %s with 1 <= T <= %d, got %S", name,
+                 expected == 2 ? "(T, T)" : "(T,)", kMaxTasks,
+                 py::tuple(py::reinterpret_borrow<py::object>(object).attr("shape")).ptr());
+    return false;
+  }
+  input->tasks = static_cast<int>(shape[0]);
+  input->data = data;
+  input->bits = 0;
+  if (!is_tensor) return true;
+  input->bits = view.dtype.bits;
+  const bool dense = view.strides[expected - 1] == 1 &&
+                     (expected == 1 || view.strides[0] == shape[1]);
+  if (dense && view.dtype.bits == 64) {
+    input->data = static_cast<const double*>(view.data);
+    return true;
+  }
+  input->copy = heap(static_cast<std::size_t>(shape[0] * shape[1]));
+  if (input->copy == nullptr) {
+    PyErr_NoMemory();
+    return false;
+  }
+  input->data = input->copy.get();
+  if (view.dtype.bits == 64) {
+    gather<double>(view, input->copy.get());
+  } else {
+    gather<float>(view, input->copy.get());
+  }
+  return true;
+}
+
+bool takes(Py_ssize_t count, Py_ssize_t expected, const char* name) {
+  if (count == expected) return true;
+  PyErr_Format(PyExc_TypeError, "%s takes %zd positional arguments, got %zd", name, expected,
+               count);
+  return false;
+}
+
+// A (T,) argument that is None or finite. False with an error set, or with none set where the
+// array has to be converted.
+bool finite_vector(PyObject* object, const char* name, int tasks, const double** data) {
+  *data = nullptr;
+  if (object == Py_None) return true;
+  *data = ready(object);
+  if (*data == nullptr) return false;
+  if (dimensions(object) != 1 || length(object, 0) != tasks) {
+    PyErr_Format(PyExc_ValueError, "%s must have the shape (%d,), got %R", name, tasks,
                  py::reinterpret_borrow<py::object>(object).attr("shape").ptr());
     return false;
   }
-  problem->tasks = static_cast<int>(length(object, 0));
+  for (int i = 0; i < tasks; ++i) {
+    if (!(std::fabs((*data)[i]) <= kLargest)) {
+      PyErr_Format(PyExc_ValueError, "%s must be finite and at most %g, got %R", name, kLargest,
+                   object);
+      return false;
+    }
+  }
   return true;
 }
 
@@ -230,30 +342,32 @@ PyObject* unready() {
 
 constexpr double kTiny = 2.2250738585072014e-308;
 constexpr double kHuge = 1e300;
+constexpr double kLargestC = 1e6;
+constexpr double kSmallestAlpha = 0.01;
+constexpr double kLargestAlpha = 100.0;
 
 // bargaining(gram, method, preference, warm_start, tol, max_steps, ridge)
 PyObject* bargaining(PyObject*, PyObject* const* args, Py_ssize_t count) try {
-  if (count != 7) {
-    PyErr_SetString(PyExc_TypeError, "bargaining takes 7 positional arguments");
-    return nullptr;
-  }
+  if (!takes(count, 7, "bargaining")) return nullptr;
+  Input gram;
   solvers::Problem problem;
   const double* warm_start;
   double tol;
-  if (!square(args[0], &problem) ||
-      !positive_vector(args[2], "preference", problem.tasks, &problem.preference) ||
-      !positive_vector(args[3], "warm_start", problem.tasks, &warm_start))
+  if (!read(args[0], "gram", 2, &gram) ||
+      !positive_vector(args[2], "preference", gram.tasks, &problem.preference) ||
+      !positive_vector(args[3], "warm_start", gram.tasks, &warm_start))
     return unready();
+  problem.tasks = gram.tasks;
+  problem.gram = gram.data;
   if (!number(args[4], "tol", kTiny, 1.0, &tol) ||
       !number(args[6], "ridge", 0.0, kHuge, &problem.ridge))
     return nullptr;
   const bool text = PyUnicode_Check(args[1]);
   if (text && PyUnicode_CompareWithASCIIString(args[1], "exact") == 0) {
-    return run(problem.tasks, solvers::exact_workspace(problem.tasks),
-               [&](double* workspace, double* weights, solvers::Info* info) {
-                 return solvers::bargaining_exact(problem, warm_start, tol, workspace, weights,
-                                                  info);
-               });
+    return run<solvers::exact_workspace>(
+        gram, [&](double* workspace, double* weights, solvers::Info* info) {
+          return solvers::bargaining_exact(problem, warm_start, tol, workspace, weights, info);
+        });
   }
   if (text && PyUnicode_CompareWithASCIIString(args[1], "ccp") == 0) {
     const long max_steps = PyLong_AsLong(args[5]);
@@ -262,11 +376,11 @@ PyObject* bargaining(PyObject*, PyObject* const* args, Py_ssize_t count) try {
       PyErr_Format(PyExc_ValueError, "max_steps must lie in [1, 1000000], got %R", args[5]);
       return nullptr;
     }
-    return run(problem.tasks, solvers::ccp_workspace(problem.tasks),
-               [&](double* workspace, double* weights, solvers::Info* info) {
-                 return solvers::bargaining_ccp(problem, warm_start, static_cast<int>(max_steps),
-                                                tol, workspace, weights, info);
-               });
+    return run<solvers::ccp_workspace>(
+        gram, [&](double* workspace, double* weights, solvers::Info* info) {
+          return solvers::bargaining_ccp(problem, warm_start, static_cast<int>(max_steps), tol,
+                                         workspace, weights, info);
+        });
   }
   PyErr_Format(PyExc_ValueError, "method must be 'exact' or 'ccp', got %R", args[1]);
   return nullptr;
@@ -277,47 +391,211 @@ PyObject* bargaining(PyObject*, PyObject* const* args, Py_ssize_t count) try {
 
 // ccp_step(gram, previous, preference, ridge)
 PyObject* ccp_step(PyObject*, PyObject* const* args, Py_ssize_t count) try {
-  if (count != 4) {
-    PyErr_SetString(PyExc_TypeError, "ccp_step takes 4 positional arguments");
-    return nullptr;
-  }
+  if (!takes(count, 4, "ccp_step")) return nullptr;
+  Input gram;
   solvers::Problem problem;
   const double* previous;
-  if (!square(args[0], &problem) ||
-      !positive_vector(args[1], "previous", problem.tasks, &previous) ||
-      !positive_vector(args[2], "preference", problem.tasks, &problem.preference))
+  if (!read(args[0], "gram", 2, &gram) ||
+      !positive_vector(args[1], "previous", gram.tasks, &previous) ||
+      !positive_vector(args[2], "preference", gram.tasks, &problem.preference))
     return unready();
+  problem.tasks = gram.tasks;
+  problem.gram = gram.data;
   if (!number(args[3], "ridge", 0.0, kHuge, &problem.ridge)) return nullptr;
-  return run(problem.tasks, solvers::ccp_workspace(problem.tasks),
-             [&](double* workspace, double* weights, solvers::Info* info) {
-               return solvers::ccp_step(problem, previous, workspace, weights, info);
-             });
+  return run<solvers::ccp_workspace>(
+      gram, [&](double* workspace, double* weights, solvers::Info* info) {
+        return solvers::ccp_step(problem, previous, workspace, weights, info);
+      });
 } catch (py::error_already_set& error) {
   error.restore();
   return nullptr;
 }
 
+// mgda(gram), imtl_g(gram)
+template <auto kSolve, std::size_t (*kWorkspace)(int)>
+PyObject* of_gram(PyObject*, PyObject* object) try {
+  Input gram;
+  if (!read(object, "gram", 2, &gram)) return unready();
+  return run<kWorkspace>(gram, [&](double* workspace, double* weights, solvers::Info* info) {
+    return kSolve(gram.tasks, gram.data, workspace, weights, info);
+  });
+} catch (py::error_already_set& error) {
+  error.restore();
+  return nullptr;
+}
+
+// cagrad(gram, c)
+PyObject* cagrad(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+  if (!takes(count, 2, "cagrad")) return nullptr;
+  Input gram;
+  double c;
+  if (!read(args[0], "gram", 2, &gram)) return unready();
+  if (!number(args[1], "c", 0.0, kLargestC, &c)) return nullptr;
+  return run<solvers::cagrad_workspace>(
+      gram, [&](double* workspace, double* weights, solvers::Info* info) {
+        return solvers::cagrad(gram.tasks, gram.data, c, workspace, weights, info);
+      });
+} catch (py::error_already_set& error) {
+  error.restore();
+  return nullptr;
+}
+
+// dual_cone(gram, reference), upgrad(gram, preference)
+template <auto kSolve>
+PyObject* projection(const char* function, const char* name, PyObject* const* args,
+                     Py_ssize_t count) try {
+  if (!takes(count, 2, function)) return nullptr;
+  Input gram;
+  const double* vector;
+  if (!read(args[0], "gram", 2, &gram) || !finite_vector(args[1], name, gram.tasks, &vector))
+    return unready();
+  return run<solvers::dual_cone_workspace>(
+      gram, [&](double* workspace, double* weights, solvers::Info* info) {
+        return kSolve(gram.tasks, gram.data, vector, workspace, weights, info);
+      });
+} catch (py::error_already_set& error) {
+  error.restore();
+  return nullptr;
+}
+
+PyObject* dual_cone(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return projection<solvers::dual_cone>("dual_cone", "reference", args, count);
+}
+
+PyObject* upgrad(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return projection<solvers::upgrad>("upgrad", "preference", args, count);
+}
+
+// aligned_mtl(gram, scale)
+PyObject* aligned_mtl(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+  if (!takes(count, 2, "aligned_mtl")) return nullptr;
+  Input gram;
+  if (!read(args[0], "gram", 2, &gram)) return unready();
+  solvers::Scale scale = solvers::Scale::kMin;
+  bool known = PyUnicode_Check(args[1]);
+  if (known && PyUnicode_CompareWithASCIIString(args[1], "min") != 0) {
+    if (PyUnicode_CompareWithASCIIString(args[1], "median") == 0) {
+      scale = solvers::Scale::kMedian;
+    } else {
+      scale = solvers::Scale::kRmse;
+      known = PyUnicode_CompareWithASCIIString(args[1], "rmse") == 0;
+    }
+  }
+  if (!known) {
+    PyErr_Format(PyExc_ValueError, "scale must be 'min', 'median' or 'rmse', got %R", args[1]);
+    return nullptr;
+  }
+  return run<solvers::aligned_mtl_workspace>(
+      gram, [&](double* workspace, double* weights, solvers::Info* info) {
+        return solvers::aligned_mtl(gram.tasks, gram.data, scale, workspace, weights, info);
+      });
+} catch (py::error_already_set& error) {
+  error.restore();
+  return nullptr;
+}
+
+// fairgrad(gram, alpha)
+PyObject* fairgrad(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+  if (!takes(count, 2, "fairgrad")) return nullptr;
+  Input gram;
+  double alpha;
+  if (!read(args[0], "gram", 2, &gram)) return unready();
+  if (!number(args[1], "alpha", kSmallestAlpha, kLargestAlpha, &alpha)) return nullptr;
+  return run<solvers::fairgrad_workspace>(
+      gram, [&](double* workspace, double* weights, solvers::Info* info) {
+        return solvers::fairgrad(gram.tasks, gram.data, alpha, workspace, weights, info);
+      });
+} catch (py::error_already_set& error) {
+  error.restore();
+  return nullptr;
+}
+
+// Whether row i of orders (tasks, tasks - 1) holds every task but i.
+bool are_orders(int tasks, const std::int64_t* orders) {
+  std::vector<int> seen(tasks, -1);
+  for (int i = 0; i < tasks; ++i) {
+    seen[i] = i;
+    for (int k = 0; k < tasks - 1; ++k) {
+      const std::int64_t j = *orders++;
+      if (j < 0 || j >= tasks || seen[j] == i) return false;
+      seen[j] = i;
+    }
+  }
+  return true;
+}
+
+// pcgrad(gram, orders)
+PyObject* pcgrad(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+  if (!takes(count, 2, "pcgrad")) return nullptr;
+  Input gram;
+  if (!read(args[0], "gram", 2, &gram) ||
+      !py::array_t<std::int64_t, py::array::c_style>::check_(args[1]))
+    return unready();
+  const auto* orders =
+      reinterpret_cast<const std::int64_t*>(py::detail::array_proxy(args[1])->data);
+  if (dimensions(args[1]) != 2 || length(args[1], 0) != gram.tasks ||
+      length(args[1], 1) != gram.tasks - 1 || !are_orders(gram.tasks, orders)) {
+    PyErr_Format(PyExc_ValueError,
+                 "orders must have the shape (%d, %d) and in row i every task but i, got %R",
+                 gram.tasks, gram.tasks - 1, args[1]);
+    return nullptr;
+  }
+  return run<solvers::pcgrad_workspace>(
+      gram, [&](double* workspace, double* weights, solvers::Info* info) {
+        return solvers::pcgrad(gram.tasks, gram.data, orders, workspace, weights, info);
+      });
+} catch (py::error_already_set& error) {
+  error.restore();
+  return nullptr;
+}
+
+constexpr std::size_t no_workspace(int) { return 1; }
+
+// simplex_projection(vector)
+PyObject* simplex_projection(PyObject*, PyObject* object) try {
+  Input vector;
+  if (!read(object, "vector", 1, &vector)) return unready();
+  return run<no_workspace>(vector, [&](double*, double* weights, solvers::Info* info) {
+    return solvers::simplex_projection(vector.tasks, vector.data, weights, info);
+  });
+} catch (py::error_already_set& error) {
+  error.restore();
+  return nullptr;
+}
+
+using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+template <Fast kFunction>
+PyMethodDef method(const char* name, const char* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(kFunction)),
+          METH_FASTCALL, doc};
+}
+
+// All return a Result, or None where an argument has to be converted.
 PyMethodDef functions[] = {
-    {"bargaining",
-     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(
-         static_cast<PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t)>(bargaining))),
-     METH_FASTCALL,
-     "bargaining(gram, method, preference, warm_start, tol, max_steps, ridge)\n--\n\n"
-     "Result, or None where an array is not C-contiguous float64."},
-    {"ccp_step",
-     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(
-         static_cast<PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t)>(ccp_step))),
-     METH_FASTCALL,
-     "ccp_step(gram, previous, preference, ridge)\n--\n\n"
-     "Result, or None where an array is not C-contiguous float64."},
+    method<bargaining>(
+        "bargaining",
+        "bargaining(gram, method, preference, warm_start, tol, max_steps, ridge)\n--\n\n"),
+    method<ccp_step>("ccp_step", "ccp_step(gram, previous, preference, ridge)\n--\n\n"),
+    {"mgda", of_gram<solvers::mgda, solvers::mgda_workspace>, METH_O, "mgda(gram)\n--\n\n"},
+    {"imtl_g", of_gram<solvers::imtl_g, solvers::imtl_g_workspace>, METH_O,
+     "imtl_g(gram)\n--\n\n"},
+    method<cagrad>("cagrad", "cagrad(gram, c)\n--\n\n"),
+    method<dual_cone>("dual_cone", "dual_cone(gram, reference)\n--\n\n"),
+    method<upgrad>("upgrad", "upgrad(gram, preference)\n--\n\n"),
+    method<aligned_mtl>("aligned_mtl", "aligned_mtl(gram, scale)\n--\n\n"),
+    method<fairgrad>("fairgrad", "fairgrad(gram, alpha)\n--\n\n"),
+    method<pcgrad>("pcgrad", "pcgrad(gram, orders)\n--\n\n"),
+    {"simplex_projection", simplex_projection, METH_O, "simplex_projection(vector)\n--\n\n"},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
 PYBIND11_MODULE(_solvers, module) {
-  module.doc() = "Small-dimension solvers on numpy arrays; fastmto.solvers is the public side.";
+  module.doc() = "Small-dimension solvers on arrays and tensors; fastmto.solvers is the public side.";
   // numpy is imported here, not in the first solve.
   py::detail::npy_api::get();
+  if (!tensors::load()) throw py::error_already_set();
   for (int i = 0; i < solvers::kStatusCount; ++i) {
     status_names[i] = PyUnicode_InternFromString(kStatusNames[i]);
     if (status_names[i] == nullptr) throw py::error_already_set();

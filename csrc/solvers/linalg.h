@@ -81,8 +81,9 @@ FASTMTO_INLINE void transposed_product(int n, int ld, const double* a, const dou
 //            0 in columns <= k of its own pack and the packs after it; other entries are undefined
 //   inverse  (ld) out: 1 / d_k; entries from n on are not written
 // Returns false at the first pivot that is not positive (NaN included).
+// Only columns below `width` are touched (a multiple of 8, at least n); ld where it is left out.
 template <int kBlock>
-FASTMTO_INLINE bool factor(int n, int ld, double* a, double* inverse) {
+FASTMTO_INLINE bool factor(int n, int width, int ld, double* a, double* inverse) {
   int k = 0;
   while (k < n) {
     const int block = n - k < kBlock ? n - k : kBlock;
@@ -94,7 +95,7 @@ FASTMTO_INLINE bool factor(int n, int ld, double* a, double* inverse) {
       for (int e = 0; e < b; ++e) {
         const double* pivot = rows + static_cast<std::ptrdiff_t>(e) * ld;
         const double f = pivot[k + b] * inverse[k + e];
-        for (int j = first; j < ld; j += kLanes) pack(row + j) -= f * pack(pivot + j);
+        for (int j = first; j < width; j += kLanes) pack(row + j) -= f * pack(pivot + j);
       }
       const double d = row[k + b];
       if (!(d > 0.0)) return false;
@@ -107,7 +108,7 @@ FASTMTO_INLINE bool factor(int n, int ld, double* a, double* inverse) {
         double f[kBlock];
         for (int b = 0; b < kBlock; ++b)
           f[b] = rows[static_cast<std::ptrdiff_t>(b) * ld + i] * inverse[k + b];
-        for (int j = i / kLanes * kLanes; j < ld; j += kLanes) {
+        for (int j = i / kLanes * kLanes; j < width; j += kLanes) {
           Pack v = pack(row + j);
           for (int b = 0; b < kBlock; ++b)
             v -= f[b] * pack(rows + static_cast<std::ptrdiff_t>(b) * ld + j);
@@ -125,10 +126,17 @@ FASTMTO_INLINE bool factor(int n, int ld, double* a, double* inverse) {
   return true;
 }
 
-// x <- A^-1 x with the factor of A from factor(); x (ld), zero from n on.
-// Works through x in packs that stay in registers: a scalar written into a pack that is read again
-// at once would stall on the store.
-FASTMTO_INLINE void solve(int n, int ld, const double* a, const double* inverse, double* x) {
+template <int kBlock>
+FASTMTO_INLINE bool factor(int n, int ld, double* a, double* inverse) {
+  return factor<kBlock>(n, ld, ld, a, inverse);
+}
+
+// x <- D^-1 L^-1 x with the factor of A from factor(), of which only the first n rows and the first
+// `width` columns count (width a multiple of 8, the columns from n on zero); x (width), zero from n
+// on. Works through x in packs that stay in registers: a scalar written into a pack that is read
+// again at once would stall on the store.
+FASTMTO_INLINE void forward(int n, int width, int ld, const double* a, const double* inverse,
+                            double* x) {
   for (int first = 0; first < n; first += kLanes) {
     const int rows = n - first < kLanes ? n - first : kLanes;
     const double* block = a + static_cast<std::ptrdiff_t>(first) * ld;
@@ -139,7 +147,7 @@ FASTMTO_INLINE void solve(int n, int ld, const double* a, const double* inverse,
       v -= f[k] * pack(block + static_cast<std::ptrdiff_t>(k) * ld + first);
     }
     for (int k = rows; k < kLanes; ++k) f[k] = 0.0;
-    for (int j = first + kLanes; j < ld; j += kLanes) {
+    for (int j = first + kLanes; j < width; j += kLanes) {
       Pack w = pack(x + j);
       for (int k = 0; k < rows; ++k)
         w -= f[k] * pack(block + static_cast<std::ptrdiff_t>(k) * ld + j);
@@ -148,15 +156,20 @@ FASTMTO_INLINE void solve(int n, int ld, const double* a, const double* inverse,
     for (int k = 0; k < kLanes; ++k) v[k] = f[k];
     pack(x + first) = v;
   }
+}
+
+// x <- L'^-1 x; as forward().
+FASTMTO_INLINE void backward(int n, int width, int ld, const double* a, const double* inverse,
+                             double* x) {
   for (int first = (n - 1) / kLanes * kLanes; first >= 0; first -= kLanes) {
     const int rows = n - first < kLanes ? n - first : kLanes;
     const double* block = a + static_cast<std::ptrdiff_t>(first) * ld;
     Pack v = pack(x + first);
-    if (first + kLanes < ld) {
+    if (first + kLanes < width) {
       for (int k = 0; k < rows; ++k) {
         const double* row = block + static_cast<std::ptrdiff_t>(k) * ld;
         v[k] -= inverse[first + k] *
-                dot(ld - first - kLanes, row + first + kLanes, x + first + kLanes);
+                dot(width - first - kLanes, row + first + kLanes, x + first + kLanes);
       }
     }
     for (int k = rows - 2; k >= 0; --k) {
@@ -165,6 +178,12 @@ FASTMTO_INLINE void solve(int n, int ld, const double* a, const double* inverse,
     }
     pack(x + first) = v;
   }
+}
+
+// x <- A^-1 x with the factor of A from factor(); x (ld), zero from n on.
+FASTMTO_INLINE void solve(int n, int ld, const double* a, const double* inverse, double* x) {
+  forward(n, ld, ld, a, inverse, x);
+  backward(n, ld, ld, a, inverse, x);
 }
 
 }  // namespace fastmto::solvers

@@ -14,8 +14,16 @@ enum class Status : std::int32_t {
   kNearStationary,  // no solution, or none that float64 can tell apart from none: Pareto stationary
   kUnbounded,       // CCP: the subproblem linearised at the given iterate has no finite minimum
   kMaxIterations,   // did not reach the tolerance
+  kSingular,        // equations of which no solution exists, or more than one
 };
 
-constexpr int kStatusCount = 8;
+constexpr int kStatusCount = 9;
+
+// What a solver reports beside its status; each header says what the numbers mean there.
+struct Info {
+  std::int32_t iterations;
+  double residual;
+  double kappa;
+};
 
 }  // namespace fastmto::solvers

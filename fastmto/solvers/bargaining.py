@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, overload
 
 from .. import _solvers
 from .._solvers import Result
+from .convert import converted, to_vector
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
-    Array: TypeAlias = NDArray[np.floating[Any]]
-    Vector: TypeAlias = Array | Tensor | Sequence[float]
+    from .convert import Array, Vector
 
 _bargaining = _solvers.bargaining
 
@@ -124,17 +121,16 @@ def bargaining(
     if result is not None:
         return result
     # Something has to be converted; nothing has been refused so far.
-    matrix = _to_numpy(gram, "gram")
-    result = _bargaining(
-        matrix,
+    return converted(
+        _bargaining,
+        gram,
         method,
-        _to_vector(preference, "preference"),
-        _to_vector(warm_start, "warm_start"),
+        to_vector(preference, "preference"),
+        to_vector(warm_start, "warm_start"),
         tol,
         max_steps,
         ridge,
     )
-    return _like(result, gram)
 
 
 def ccp_step(
@@ -153,46 +149,10 @@ def ccp_step(
         As `bargaining`; `iterations` counts interior-point steps (0 where all constraints are
         active and the answer is the exact solution).
     """
-    result = _solvers.ccp_step(
-        _to_numpy(gram, "gram"),
-        _to_vector(previous, "previous"),
-        _to_vector(preference, "preference"),
+    return converted(
+        _solvers.ccp_step,
+        gram,
+        to_vector(previous, "previous"),
+        to_vector(preference, "preference"),
         ridge,
     )
-    return _like(result, gram)
-
-
-def _to_numpy(value: Any, name: str) -> NDArray[np.float64]:
-    """`value` as a C-contiguous float64 array; no copy where it is one already."""
-    if isinstance(value, Tensor):
-        if not value.is_floating_point() or value.layout != torch.strided:
-            raise ValueError(
-                f"{name} must be a dense tensor of a floating dtype, "
-                f"got {value.dtype} ({value.layout})"
-            )
-        value = value.detach().to("cpu", torch.float64).numpy()
-    elif not isinstance(value, np.ndarray):
-        raise TypeError(f"{name} must be a numpy array or a tensor, got {type(value).__name__}")
-    if not np.issubdtype(value.dtype, np.floating):
-        raise ValueError(f"{name} must have a floating dtype, got {value.dtype}")
-    return np.ascontiguousarray(value, dtype=np.float64)
-
-
-def _to_vector(value: Any, name: str) -> NDArray[np.float64] | None:
-    if value is None or isinstance(value, Tensor):
-        return None if value is None else _to_numpy(value, name)
-    try:
-        return np.ascontiguousarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be T numbers, got {value!r}") from error
-
-
-def _like(result: Result[NDArray[np.float64]] | None, gram: Any) -> Result[Any]:
-    """The result with weights of the kind of `gram`."""
-    if result is None:
-        raise AssertionError("a converted array was refused as not converted")
-    if not isinstance(gram, Tensor) or result.weights is None:
-        return result
-    dtype = torch.float64 if gram.dtype == torch.float64 else torch.float32
-    weights = torch.from_numpy(result.weights).to(gram.device, dtype)
-    return Result(weights, result.status, result.iterations, result.residual, result.kappa)

@@ -1,0 +1,54 @@
+"""Weights of alpha-fair descent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, overload
+
+from .. import _solvers
+from .._solvers import Result
+from .convert import converted
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from .convert import Array
+
+_fairgrad = _solvers.fairgrad
+
+
+@overload
+def fairgrad(gram: Array, alpha: float = ...) -> Result[NDArray[np.float64]]: ...
+@overload
+def fairgrad(gram: Tensor, alpha: float = ...) -> Result[Tensor]: ...
+def fairgrad(gram: Array | Tensor, alpha: float = 1.0) -> Result[Any]:
+    """Weights a > 0 of FairGrad:
+
+        (G a)_i = a_i^(-1/alpha)
+
+    Source: Ban & Ji, arXiv 2402.15638, equation 4. The only minimiser of
+    a'G a / 2 - sum_i a_i^(1-r) / (1-r), r = 1/alpha, by damped Newton on the correlation matrix
+    with the lengths taken out; the authors' code runs a least-squares solver from 1/T. alpha = 1
+    is `bargaining`; larger alpha favours the tasks that gain least.
+
+    Statuses: solved, not_finite, not_symmetric, not_psd, zero_update, near_stationary (as
+    `bargaining`), max_iterations (lengths so far apart that |g_i|^(r-1) leaves float64).
+
+    Args:
+        gram: (T, T) array or tensor, as `fastmto.solvers.bargaining`: computed in float64 on the
+            host, not modified; a float64 or float32 CPU tensor is read in place.
+        alpha: in [0.01, 100).
+
+    Returns:
+        `Result` with `weights` (T,) as `fastmto.solvers.bargaining` returns them, None unless
+        solved; `status`; `iterations`, Newton steps;
+        `residual`, max_i |a_i^r (G a)_i - 1|; `kappa`, max_i a_i^r sum_j |G_ij| a_j: relative
+        errors of the cosines are magnified by about this.
+
+    Raises:
+        TypeError: gram is neither an array nor a tensor.
+        ValueError: its shape or dtype, or alpha out of range.
+    """
+    result = _fairgrad(gram, alpha)
+    return converted(_fairgrad, gram, alpha) if result is None else result
