@@ -323,7 +323,7 @@ def test_what_is_missing_is_named():
         call(fastmto.get("cagrad"), model, x, task_specific_parameters=model.head_parameters()[:2])
     stranger = nn.Parameter(torch.zeros(3).double())
     with pytest.raises(RuntimeError, match="no loss reaches shared_parameters"):
-        fastmto.get("cagrad").backward(model.losses(x), shared_parameters=[stranger])
+        fastmto.get("cagrad").backward(model.losses(x), [stranger], [])
     assert all(p.grad is None for p in model.parameters())
 
 

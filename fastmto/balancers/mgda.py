@@ -40,8 +40,7 @@ class MGDA(GramBalancer):
     ) -> None:
         check_choice("normalization", normalization, ("none", "l2", "loss", "loss+"))
         self.normalization = normalization
-        by_length = normalization in ("l2", "loss+")
-        weighting = weightings.MGDA(normalization="l2" if by_length else "none")
+        weighting = weightings.MGDA(normalization="l2" if normalization == "l2" else "none")
         super().__init__(weighting, n_tasks, **options)
 
     def _solve(self, gram: Tensor, active: list[int], batch: Batch) -> Tensor:
@@ -50,6 +49,9 @@ class MGDA(GramBalancer):
                 batch, f"normalization={self.normalization!r} divides by it"
             )
             losses = torch.tensor([values[i] for i in active], dtype=torch.float64)
+            if self.normalization == "loss+":
+                squares = gram.diagonal()
+                losses *= torch.where(squares > 0, squares, 1.0).sqrt()
             gram = gram / losses[:, None] / losses
         return super()._solve(gram, active, batch)
 
