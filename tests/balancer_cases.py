@@ -65,8 +65,8 @@ CASES = [
     BalancerCase("ldc_mtl", equivariant=False),
     BalancerCase(
         "ldc_mtl",
-        {"sigma": "sigmoid", "normalization": "rescaled", "penalty": 0.05},
-        "sigmoid",
+        {"sigma": "softmax", "normalization": "rescaled", "penalty": 0.05},
+        "softmax",
         equivariant=False,
         low="must be > 0: LDCMTL divides by a task's first loss",
     ),

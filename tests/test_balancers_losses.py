@@ -31,7 +31,9 @@ from fastmto.balancers import (
     GradNorm,
     Uncertainty,
 )
+from fastmto.balancers.banditmtl import _exponent as exponent
 from fastmto.balancers.gradnorm import LEAST_WEIGHT
+from fastmto.balancers.per_task import TaskAdam
 from fastmto.errors import NonFiniteError
 
 T = 3
@@ -284,6 +286,24 @@ def test_banditmtl_step_is_the_projection_in_the_kl_divergence() -> None:
     assert (p * np.log(4 * p)).sum() == pytest.approx(rho, rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_banditmtl_exponent_is_the_largest_inside_the_ball(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for n in (2, 3, 14, 64):
+        for scale in (1e-3, 1.0, 30.0):
+            for rho in (1e-3, 0.3, 10.0):
+                x = scale * torch.randn(n, generator=generator, dtype=torch.float64)
+                s = exponent(x.to(dtype), rho).double()
+                p = (s * x).softmax(0)
+                kl = (p * (n * p).clamp(min=1e-300).log()).sum().item()
+                full = x.softmax(0)
+                if (full * (n * full).clamp(min=1e-300).log()).sum() <= rho:
+                    assert s.item() == 1.0
+                else:
+                    accuracy = 3e-3 if dtype == torch.float32 else 1e-9
+                    assert kl == pytest.approx(rho, rel=accuracy), (n, scale, rho)
+
+
 def test_banditmtl_default_ball_leaves_weight_on_all_tasks() -> None:
     for n, rho in [(2, np.log(2) / 2), (3, np.log(3) / 2), (14, 1.2)]:
         balancer = BanditMTL()
@@ -399,6 +419,24 @@ def test_rlw_has_its_own_generator() -> None:
     assert not torch.equal(first[0], RLW(seed=2).backward(at([1.0, 2.0]))[1].weights)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_task_adam_is_torch_adam_on_each_present_task(decay: float) -> None:
+    ours = TaskAdam(T, lr=0.1, weight_decay=decay)
+    values = torch.zeros(T, dtype=torch.float64)
+    scalars = [nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in range(T)]
+    theirs = torch.optim.Adam(scalars, lr=0.1, weight_decay=decay)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(STEPS):
+        tasks = [i for i in range(T) if i not in absent_at(step)]
+        gradients = torch.randn(len(tasks), generator=generator, dtype=torch.float64)
+        values[tasks] = ours.step(values[tasks], gradients, tasks)
+        theirs.zero_grad()
+        for i, gradient in zip(tasks, gradients, strict=True):
+            scalars[i].grad = gradient
+        theirs.step()
+        close(values, torch.stack([p.detach() for p in scalars]), rtol=TIGHT, atol=TIGHT)
+
+
 # update(), the method that needs losses after the step
 
 
@@ -452,6 +490,10 @@ def test_famo_skipped_steps_leave_update_without_effect() -> None:
         balancer.backward(at([torch.nan, 2.0]))
     balancer.update(torch.tensor([0.1, 1.9]))
     assert same(state, balancer.state_dict()["state"])
+    fresh = FAMO(2)
+    with pytest.warns(RuntimeWarning, match="step skipped"):
+        fresh.backward(at([torch.nan, 2.0]))
+    fresh.update(torch.tensor([0.1, 1.9]))  # the loop of a user whose first step was skipped
 
 
 # What all of them share

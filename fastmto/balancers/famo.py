@@ -124,7 +124,7 @@ class FAMO(LossBalancer):
             ValueError: wrong losses, or one that is not above its minimum.
             NonFiniteError: with `on_nonfinite="raise"`.
         """
-        if self.n_tasks is None or not self._found:
+        if not self._found and not self.stats["skipped"]:
             raise RuntimeError("update(losses) must come after backward(losses), got no backward")
         values, _ = as_list(losses, self.n_tasks, self.names, attached=False)
         tasks = [i for i in self._pending if values[i] is not None]

@@ -18,8 +18,8 @@ class LDCMTL(LearningBalancer):
     """LDC-MTL: learnable weights and a penalty on the gaps between the tasks' losses.
 
     Source: Xiao, Dong, Zou & Ji, "LDC-MTL: Balancing Multi-Task Learning through Scalable Loss
-    Discrepancy Control", arXiv 2502.08585, Algorithm 2 (single loop, first order). The bilevel
-    problem
+    Discrepancy Control", arXiv 2502.08585, the simplified single-loop first-order algorithm. The
+    bilevel problem
 
         min_W f(W, x*),   f = sum_{i<T} |tau_i l_i - tau_{i+1} l_{i+1}|
         s.t. x* minimises g(W, x) = sum_i sigma_i(W) l_i(x)
@@ -29,20 +29,21 @@ class LDCMTL(LearningBalancer):
 
         J(W, x) = g(W, x) + penalty f(W, x)
 
-    which is the paper's f + lambda g over lambda, penalty = 1/lambda, as in the released code. By
-    hand, with c_i = sign(d_i) - sign(d_{i-1}), d_i = tau_i l_i - tau_{i+1} l_{i+1}:
+    which is the paper's f + lambda g over lambda, as in the released code. By hand, with
+    c_i = sign(d_i) - sign(d_{i-1}), d_i = tau_i l_i - tau_{i+1} l_{i+1}:
 
-        w_i = (sigma_i + penalty tau_i c_i) dl_i/dL_i                 weight of the loss L_i
-        dJ/dsigma_i = l_i + penalty c_i l_i [tau = sigma]             then through sigma(W)
+        w_i = (sigma_i / Z + penalty tau_i c_i) dl_i/dL_i           weight of the loss L_i
+        dJ/dsigma_i = l_i / Z + penalty c_i l_i [tau = sigma]       then through sigma(W)
 
     The weights may be negative: a loss below its neighbours' is lifted.
 
-    Choices of the paper and its code, by argument:
-      - sigma: "softmax" of W (the paper), or "sigmoid" (the released code for CelebA and QM9),
-        where g is divided by sum_j sigma_j, held constant. W is one free number a task, as in that
-        code; the paper lets a small network make it from the shared features. W starts at 1.
-      - tau: "sigma", or "one": f is then free of W and acts on the model alone (Cityscapes).
-      - l_i, from the raw loss L_i and the first loss seen of the task, L_i(0):
+    Choices that the paper and its released code make, by argument:
+      - sigma: "sigmoid" of W, g divided by Z = sum_j sigma_j held constant (the code for CelebA,
+        W = 1 at first); or "softmax" of W, Z = 1. W is one free number a task, as in that code;
+        the paper has a small network that makes the weights from the shared features.
+      - tau: "sigma" (CelebA, NYUv2, QM9), or "one": f is then free of W and acts on the model
+        alone (Cityscapes).
+      - normalization, l_i from the raw loss L_i and the first loss seen of the task, L_i(0):
         "identical" l_i = L_i (CelebA, Cityscapes); "rescaled" l_i = L_i min_j L_j(0) / L_i(0)
         (NYUv2); "log" l_i = log(L_i / L_i(0)) (QM9, where the code takes a new L_i(0) each epoch).
 
@@ -69,7 +70,7 @@ class LDCMTL(LearningBalancer):
         n_tasks: int | None = None,
         *,
         penalty: float = 0.1,
-        sigma: str = "softmax",
+        sigma: str = "sigmoid",
         tau: str = "sigma",
         normalization: str = "identical",
         device: torch.device | str | None = None,

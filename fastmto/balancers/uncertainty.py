@@ -21,9 +21,9 @@ class Uncertainty(LearningBalancer):
         w_i = (1/2) exp(-s_i)                             dJ/ds_i = (1/2) - w_i L_i
 
     The factor 1/2 is that of the paper's regression likelihood and is used for every task, as in
-    nash-mtl, LibMTL (UW) and TorchJD (UW). Without it the objective is twice as large: same
-    minimisers, and the same run with Adam. The paper's classification likelihood has 1 in place of
-    the first 1/2, which moves s_i by log 2. LibMTL starts at s_i = -0.5.
+    nash-mtl, LibMTL (UW) and TorchJD (UW). Without it the objective is twice as large, with the
+    same minimisers, and Adam runs the same but for its eps. The paper's classification likelihood
+    has 1 in place of the first 1/2, which moves s_i by log 2. LibMTL starts at s_i = -0.5.
 
     Balances positive losses: for a loss that stays <= 0, s_i decreases without end.
 
