@@ -7,6 +7,7 @@ weights of those present.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -114,7 +115,7 @@ class Mirror(Descent):
         own = self.logits[rows] - self._displacement(y, squared, tasks)
         logits = self.logits.clone()
         # Logarithms of lambda itself: those of absent tasks stay right without being touched.
-        logits[rows] = own.log_softmax(0) + torch.tensor(self._mass(tasks)).double().log()
+        logits[rows] = own.log_softmax(0) + math.log(self._mass(tasks))
         self.logits = logits
         self.lambda_ = logits.exp()
 
