@@ -8,6 +8,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import peers
 import pytest
 
 import fastmto
@@ -19,6 +20,11 @@ BLOCKS = [
     for page in sorted(PAGES)
     for n, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S))
 ]
+#: What an integration needs to be imported; skips where it is missing.
+PEERS = {
+    "fastmto.integrations.torchjd": peers.torchjd,
+    "fastmto.integrations.libmtl": peers.libmtl,
+}
 NEEDS_A_GPU_LIBRARY = ("triton", "gpu")
 MODULES = [
     module.name
@@ -35,6 +41,7 @@ def test_code_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name: str) -> None:
+    PEERS.get(name, lambda: None)()
     module = importlib.import_module(name)
     assert module.__doc__, f"{name} has no docstring"
     assert doctest.testmod(module).failed == 0
