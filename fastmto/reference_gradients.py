@@ -79,18 +79,26 @@ def cagrad(grads: Array, c: float = 0.4, rescale: int = 0) -> Array:
     <g_w, g_0> + kappa ||g_w|| over the simplex, kappa = c ||g_0||, and
     d = g_0 + kappa g_w / ||g_w||. As kappa ||g_w|| = min_u (||g_w||^2 / u + kappa^2 u) / 2, the w
     of a fixed u > 0 is that of the min-norm point of the g_i + u g_0, and u is right where
-    ||g_w|| = kappa u.
+    ||g_w|| = kappa u. At Pareto stationarity there may be none (g_w = 0): then no d gains more
+    than 0 for all tasks, several gain 0, and the answer is the one of these nearest to g_0.
 
     `rescale`: the code's division of d by 1 + c^2 (1) or 1 + c (2).
     """
     g_0 = grads.mean(axis=0)
     kappa = c * float(np.linalg.norm(g_0))
     divisor = (1.0, 1.0 + c * c, 1.0 + c)[rescale]
-    shortest = float(np.linalg.norm(mgda(grads)))
-    longest = float(np.linalg.norm(grads, axis=1).max())
     if kappa == 0.0:
         mean: Array = g_0 / divisor
         return mean
+    w, shortest = min_norm_point(grads)
+    lengths = np.linalg.norm(grads, axis=1)
+    least, terms = float(np.linalg.norm(shortest)), float(w @ lengths)
+    if least <= 1e-12 * terms:
+        without_loss = dual_proj(grads)
+        if np.linalg.norm(without_loss - g_0) <= kappa:
+            nearest: Array = without_loss / divisor
+            return nearest
+        least = 1e-8 * terms  # ||g_w|| = kappa u has its root far from where g_w is only rounding
 
     def g_w(u: float) -> Array:
         w, _ = min_norm_point(grads + u * g_0)
@@ -100,7 +108,7 @@ def cagrad(grads: Array, c: float = 0.4, rescale: int = 0) -> Array:
     def excess(log_u: float) -> float:
         return float(np.log(np.linalg.norm(g_w(np.exp(log_u))) / kappa) - log_u)
 
-    u = float(np.exp(_root(excess, np.log(shortest / kappa), np.log(longest / kappa))))
+    u = float(np.exp(_root(excess, np.log(least / kappa), np.log(lengths.max() / kappa))))
     direction: Array = (g_0 + g_w(u) / u) / divisor
     return direction
 
@@ -286,7 +294,8 @@ def graddrop_masks(grads: Array, uniforms: Array) -> Array:
     total, size = grads.sum(axis=0), np.abs(grads).sum(axis=0)
     purity = 0.5 * (1 + np.divide(total, size, out=np.zeros_like(total), where=size > 0))
     kept = np.where(grads > 0, purity > uniforms, (grads < 0) & (purity < uniforms))
-    return kept.astype(np.float64)
+    masks: Array = kept.astype(np.float64)
+    return masks
 
 
 def graddrop_activations(

@@ -23,6 +23,9 @@ def gradients(rng: np.random.Generator, tasks: int, kind: str) -> Array:
     rows = updates(rng, tasks, kind)
     if kind == "conflicting" and tasks > 1:
         rows -= 0.95 * rows.mean(axis=0)  # most cosines are negative
+    elif kind == "near_opposite" and tasks > 1:
+        # A Gram matrix sees the square of this angle.
+        rows[1] = -rows[0] + 10.0 ** rng.uniform(-5, -1) * rng.normal(size=rows.shape[1])
     elif kind == "stationary" and tasks > 1:
         # 0 is inside the convex hull: positive weights that give it exist.
         weights = rng.uniform(0.5, 2.0, size=tasks)

@@ -1,14 +1,16 @@
 """Weightings: Gram matrix of the tasks in, task weights out; one class a file.
 
-A weighting is any callable Gram (T, T) -> weights (T,). The classes here take a Gram matrix of
-any floating dtype and device and give weights like it, computed in float64.
+    weights = fastmto.weightings.CAGrad(c=0.4)(gram)        # (T, T) -> (T,), same dtype and device
+
+The direction they stand for is sum_i weights_i g_i of the rows g_i whose Gram matrix it is:
+gradients (the balancers), or updates (`fastmto.PUB(weighting=...)`).
 """
 
 from __future__ import annotations
 
 from .aligned_mtl import AlignedMTL
 from .bargaining import Bargaining
-from .base import Weighting
+from .base import SolverWeighting, Weighting
 from .cagrad import CAGrad
 from .constant import Constant, Equal
 from .dualproj import DualProj
@@ -31,6 +33,7 @@ __all__ = [
     "FairGrad",
     "NashMTL",
     "PCGrad",
+    "SolverWeighting",
     "UPGrad",
     "Weighting",
 ]
