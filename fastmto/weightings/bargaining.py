@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..solvers import Result, bargaining
 from .base import SolverWeighting, as_preference, check_tasks, of_tasks
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Bargaining(SolverWeighting):
@@ -51,17 +55,18 @@ class Bargaining(SolverWeighting):
         one = torch.ones(1, 1, dtype=torch.float64)
         bargaining(one, method, None, None, tol, max_steps, ridge)
 
+    def _powers(self, gram: Tensor, tasks: Sequence[int] | None) -> NDArray[np.float64] | None:
+        """The bargaining powers of the tasks of this call; None for 1 each."""
+        return None if self.preference is None else of_tasks(self.preference, gram, tasks)
+
     def _solve(self, gram: Tensor, tasks: Sequence[int] | None) -> Result[Tensor]:
-        preference = start = None
-        if self.preference is not None:
-            preference = of_tasks(self.preference, gram, tasks)
+        start = None
         if self.warm_start:
             indices = check_tasks(gram, tasks)
             if all(i in self._last for i in indices):
                 start = [self._last[i] for i in indices]
-        result = bargaining(
-            gram, self.method, preference, start, self.tol, self.max_steps, self.ridge
-        )
+        powers = self._powers(gram, tasks)
+        result = bargaining(gram, self.method, powers, start, self.tol, self.max_steps, self.ridge)
         if self.warm_start and result.weights is not None:
             self._last.update(zip(indices, result.weights.tolist(), strict=True))
         return result

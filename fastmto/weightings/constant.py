@@ -44,7 +44,9 @@ class Equal(Weighting):
     """Weight 1 for every task."""
 
     def __call__(self, gram: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
-        return torch.ones(len(check_tasks(gram, tasks)), dtype=gram.dtype, device=gram.device)
+        if tasks is not None:
+            check_tasks(gram, tasks)
+        return torch.ones(len(gram), dtype=gram.dtype, device=gram.device)
 
     def __repr__(self) -> str:
         return "Equal()"

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .bargaining import Bargaining
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class NashMTL(Bargaining):
@@ -44,7 +49,7 @@ class NashMTL(Bargaining):
             the published number.
 
     Attributes:
-        result: its weights are those before the clip.
+        result: with "ccp" or a ridge its weights are those before the clip.
 
     Raises:
         ValueError: an argument out of range.
@@ -65,22 +70,32 @@ class NashMTL(Bargaining):
         super().__init__(method, preference, tol, max_steps, ridge, warm_start)
         self.max_norm = max_norm or None
 
+    @property
+    def _clips_before(self) -> bool:
+        """Whether the length is known before the weights: ||sum_i a_i g_i||^2 = sum_i p_i."""
+        return self.max_norm is not None and self.method == "exact" and self.ridge == 0.0
+
+    def _powers(self, gram: Tensor, tasks: Sequence[int] | None) -> NDArray[np.float64] | None:
+        powers = super()._powers(gram, tasks)
+        if not self._clips_before:
+            return powers
+        assert self.max_norm is not None
+        most, n = self.max_norm**2, len(gram)
+        total = float(n if powers is None else powers.sum())
+        if total <= most:
+            return powers
+        # Powers of c^2 p have the solution c a: the clip costs nothing.
+        return np.full(n, most / n) if powers is None else powers * (most / total)
+
     def __call__(self, gram: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         weights = super().__call__(gram, tasks)
-        if self.max_norm is None:
+        if self.max_norm is None or self._clips_before:
             return weights
-        length = self._length(gram, tasks)
-        return weights if length <= self.max_norm else weights * (self.max_norm / length)
-
-    def _length(self, gram: Tensor, tasks: Sequence[int] | None) -> float:
-        """||sum_i a_i g_i|| of the last solve."""
-        if self.method == "exact" and self.ridge == 0.0 and self.preference is None:
-            return math.sqrt(len(gram))
         assert self.result is not None
         assert self.result.weights is not None
         a = self.result.weights.to("cpu", torch.float64)
-        wide = gram.detach().to("cpu", torch.float64)
-        return math.sqrt(max(float(a @ wide @ a), 0.0))
+        length = math.sqrt(max(float(a @ gram.detach().to("cpu", torch.float64) @ a), 0.0))
+        return weights if length <= self.max_norm else weights * (self.max_norm / length)
 
     def _options(self) -> list[str]:
         return [f"max_norm={self.max_norm!r}", *super()._options()]

@@ -52,6 +52,8 @@ class PCGrad(SolverWeighting):
         """Draw the orders of one call: (T, T - 1), row i a permutation of the tasks but i."""
         if len(self._others) != n_tasks:
             self._others = _others(n_tasks)
+        if n_tasks < 3:  # there is only one order
+            return self._others
         return self._generator.permuted(self._others, axis=1)
 
     def _solve(self, gram: Tensor, tasks: Sequence[int] | None) -> Result[Tensor]:
