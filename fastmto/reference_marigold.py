@@ -20,7 +20,7 @@ Function = Callable[[Tensor], Tensor]
 
 def gradients(f: Function, theta: Tensor) -> Tensor:
     """g (T, P), exact."""
-    rows: Tensor = torch.autograd.functional.jacobian(f, theta)
+    rows: Tensor = torch.autograd.functional.jacobian(f, theta)  # type: ignore[no-untyped-call]
     return rows
 
 
@@ -65,7 +65,8 @@ def directions_variance(g: Tensor, distribution: str) -> Tensor:
 def span_gram(g: Tensor, v: Tensor) -> Tensor:
     """G_hat = Y' (V V')^+ Y with Y_kj = <v_k, g_j>; v (K, P)."""
     y = v @ g.T
-    return y.T @ torch.linalg.pinv(v @ v.T, hermitian=True) @ y
+    gram: Tensor = y.T @ torch.linalg.pinv(v @ v.T, hermitian=True) @ y
+    return gram
 
 
 def project(x: Tensor) -> Tensor:

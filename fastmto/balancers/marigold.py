@@ -279,6 +279,8 @@ class MARIGOLD(Balancer):
         self.ema = ema
         self.relative_step = relative_step
         self.mu = mu
+        if forward_dtype is not None:
+            relative_steps("forward", forward_dtype)  # refuses what is not in the table
         self.forward_dtype = forward_dtype
         self.step_size = step_size
         self.n_directions = n_directions
@@ -489,7 +491,7 @@ class MARIGOLD(Balancer):
         copies = self._copies_for(batch, 2 if central else 1)
         info.step = h = self._step(copies, joint.length, self.estimator, batch)
         mu = h / joint.length
-        points = [Along(joint.direction, sign * mu) for sign in ((1, -1) if central else (1,))]
+        points = Along([joint.direction], [mu, -mu] if central else [mu])
         found = self._evaluate(batch, values, copies, points, info)
         shifts = [along / joint.length**2 for along in found.along]
         if central:
@@ -518,18 +520,16 @@ class MARIGOLD(Balancer):
         """G_hat (n, n) of the F_i from random directions."""
         assert self.weights is not None
         count = self.n_directions or DIRECTIONS_A_TASK * len(self.weights)
-        signs = (1, -1) if self.difference == "central" else (1,)
-        copies = self._copies_for(batch, count * len(signs))
+        sides = 2 if self.difference == "central" else 1
+        copies = self._copies_for(batch, count * sides)
         radius = math.sqrt(copies.numel)  # E ||u||^2 = P
         info.step = h = self._step(copies, radius, self.difference, batch)
+        mu = h / radius
         first = (self._estimates - 1) * count
-        points = [
-            Random(sign * h / radius, self.seed, first + r, self.distribution)
-            for sign in signs
-            for r in range(count)
-        ]
+        scales = [mu, -mu] if self.difference == "central" else [mu]
+        points = Random(scales, self.seed, first, count, self.distribution)
         found = self._evaluate(batch, values, copies, points, info)
-        shifts = torch.full((count,), h / radius, dtype=torch.float64)
+        shifts = torch.full((count,), mu, dtype=torch.float64)
         return directions_gram(self._slopes(batch, values, found, shifts))
 
     def _span_gram(self, batch: Batch, values: Tensor, joint: Joint, info: MarigoldInfo) -> Tensor:
@@ -550,11 +550,10 @@ class MARIGOLD(Balancer):
         signs = (1, -1) if self.difference == "central" else (1,)
         copies = self._copies_for(batch, len(used) * len(signs))
         info.step = h = self._step(copies, 1.0, self.difference, batch)
-        points = [
-            Along(self._known.vectors[k], sign * h / math.sqrt(square))
-            for sign in signs
-            for k, square in zip(used.tolist(), squares.tolist(), strict=True)
-        ]
+        points = Along(
+            [self._known.vectors[k] for k in used.tolist()],
+            [sign * h / math.sqrt(square) for sign in signs for square in squares.tolist()],
+        )
         found = self._evaluate(batch, values, copies, points, info)
         along = torch.tensor(found.along, dtype=torch.float64).view(len(signs), -1)
         shifts = (along[0] if len(signs) == 1 else (along[0] - along[1]) / 2) / squares
@@ -688,7 +687,7 @@ class MARIGOLD(Balancer):
         batch: Batch,
         values: Tensor,
         copies: Copies,
-        points: Sequence[Along | Random],
+        points: Along | Random,
         info: MarigoldInfo,
     ) -> Evaluated:
         """F at all points."""
@@ -704,7 +703,7 @@ class MARIGOLD(Balancer):
         try:
             found = evaluations.batched(points) if batched else evaluations.sequential(points)
             if self.debug:
-                self._repeat(evaluations, values, points[0], found.values[0], tasks)
+                self._repeat(evaluations, values, points, found.values[0], tasks)
         finally:
             self.stats["evaluations"] += evaluations.count
         info.evaluation, info.evaluations = self.evaluation, evaluations.count
@@ -714,7 +713,7 @@ class MARIGOLD(Balancer):
         self,
         evaluations: Evaluations,
         values: Tensor,
-        point: Along | Random,
+        points: Along | Random,
         displaced: Tensor,
         tasks: list[int],
     ) -> None:
@@ -724,7 +723,7 @@ class MARIGOLD(Balancer):
         given = (self.difference if by_gram else self.estimator) == "forward"
         first = values if given else displaced
         eps = torch.finfo(self._precision or torch.float32).eps
-        task = evaluations.repeat(None if given else point, first, eps)
+        task = evaluations.repeat(None if given else points, first, eps)
         if task is not None:
             was = "given to backward as" if given else "evaluated to"
             raise ValueError(

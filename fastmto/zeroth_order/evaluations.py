@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..task_gradients import Losses
 from .functional import FunctionalClosure
-from .perturb import Copies
+from .perturb import Copies, Vector
 from .replay import RandomState, Replay
 
 #: A repeated evaluation may differ by this many eps of the forward pass, relative: accelerators
@@ -21,34 +21,67 @@ REPEATS_WITHIN = 64
 
 @dataclass
 class Along:
-    """The point theta + scale * direction."""
+    """The points theta + scale_k * direction_k.
 
-    direction: Sequence[Tensor | None]
-    scale: float
+    Args:
+        directions: fewer than scales are taken in turn.
+        scales: one a point.
+    """
 
-    def write(self, copies: Copies, row: int) -> float:
-        """Make `row` the point.
+    directions: Sequence[Vector]
+    scales: Sequence[float]
+
+    def __len__(self) -> int:
+        return len(self.scales)
+
+    def _direction(self, k: int) -> Vector:
+        return self.directions[k % len(self.directions)]
+
+    def write(self, copies: Copies, row: int, k: int) -> float:
+        """Make `row` the point k.
 
         Returns:
             <row - theta, direction>: how far it really lies along the direction.
         """
-        copies.displace(row, self.direction, self.scale)
-        return copies.along(row, self.direction)
+        copies.displace(row, self._direction(k), self.scales[k])
+        return copies.along(row, self._direction(k))
+
+    def write_all(self, copies: Copies) -> list[float]:
+        """Make row k the point k, for all k."""
+        if len(self.directions) > 1:
+            return [self.write(copies, k, k) for k in range(len(self))]
+        copies.displace_all(self.directions[0], self.scales)
+        return [copies.along(k, self.directions[0]) for k in range(len(self))]
 
 
 @dataclass
 class Random:
-    """The point theta + scale * u, u the random direction number `index` of `seed`."""
+    """The points theta + scale * u_k for each scale, u_k the random directions number `first`
+    to `first + count - 1` of `seed`."""
 
-    scale: float
+    scales: Sequence[float]
     seed: int
-    index: int
+    first: int
+    count: int
     distribution: str
 
-    def write(self, copies: Copies, row: int) -> float:
-        """Make `row` the point; returns NaN."""
-        copies.displace_at_random(row, self.scale, self.seed, self.index, self.distribution)
+    def __len__(self) -> int:
+        return len(self.scales) * self.count
+
+    def write(self, copies: Copies, row: int, k: int) -> float:
+        """Make `row` the point k; returns NaN."""
+        scale = self.scales[k // self.count]
+        offset = self.first + k % self.count
+        copies.displace_at_random(row, [scale], self.seed, offset, self.distribution)
         return math.nan
+
+    def write_all(self, copies: Copies) -> list[float]:
+        """Make row k the point k, for all k."""
+        for k, scale in enumerate(self.scales):
+            copies.displace_at_random(
+                k * self.count, [scale] * self.count, self.seed, self.first, self.distribution
+            )
+        return [math.nan] * len(self)
 
 
 @dataclass
@@ -93,22 +126,22 @@ class Evaluations:
         self.count += 1
         return losses
 
-    def sequential(self, points: Sequence[Along | Random]) -> Evaluated:
+    def sequential(self, points: Along | Random) -> Evaluated:
         """One point after the other in row 0."""
         along, values = [], []
-        for point in points:
-            along.append(point.write(self._copies, 0))
+        for k in range(len(points)):
+            along.append(points.write(self._copies, 0, k))
             values.append(self._at(0))
         return Evaluated(torch.stack(values).to("cpu", torch.float64), along)
 
-    def batched(self, points: Sequence[Along | Random]) -> Evaluated:
+    def batched(self, points: Along | Random) -> Evaluated:
         """All points in one forward; the closure is a `FunctionalClosure`.
 
         Raises:
             RuntimeError: the model cannot be vectorised.
         """
         assert isinstance(self._closure, FunctionalClosure)
-        along = [point.write(self._copies, row) for row, point in enumerate(points)]
+        along = points.write_all(self._copies)
         with self._replay(), torch.no_grad():
             values = self._closure.batched(
                 self._copies.parameters, self._copies.stacked(), self._read
@@ -116,21 +149,21 @@ class Evaluations:
         self.count += len(points)
         return Evaluated(values.to("cpu", torch.float64), along)
 
-    def repeat(self, point: Along | Random | None, first: Tensor, eps: float) -> int | None:
+    def repeat(self, points: Along | Random | None, first: Tensor, eps: float) -> int | None:
         """Evaluate once more, and compare.
 
         Args:
-            point: where; None: at the parameters themselves.
+            points: at the first of them; None: at the parameters themselves.
             first: (n,) float64, the losses known for this point.
             eps: of the forward pass.
 
         Returns:
             The first task whose loss is another now; None if there is none.
         """
-        if point is None:
+        if points is None:
             self._copies.displace(0, [None] * len(self._copies.parameters), 0.0)
         else:
-            point.write(self._copies, 0)
+            points.write(self._copies, 0, 0)
         self.again = self._at(0).to("cpu", torch.float64)
         same = (self.again - first).abs() <= REPEATS_WITHIN * eps * first.abs()
         differ = (~same & first.isfinite()).nonzero()

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .. import ops
 from ..flat import FlatLayout, as_vector, is_dense, laid_like
 from .estimators import SMALLEST_STEP
 
 Result = TypeVar("Result")
+#: A vector of the shape of the parameters, in pieces; None stands for zero.
+Vector = Sequence[Tensor | None]
 #: Elements that `along` works on at once: two rows of them stay in a core's cache.
 _CHUNK = {"cpu": 1 << 16}
 _CHUNK_ELSE = 1 << 22
@@ -92,39 +95,105 @@ class Copies:
         return norm([p.detach() for p in self.parameters])
 
     @torch.no_grad()
-    def displace(self, row: int, direction: Sequence[Tensor | None], scale: float) -> None:
-        """Row `row` becomes theta + scale * direction.
+    def displace(self, row: int, direction: Vector, scale: float) -> None:
+        """Row `row` becomes theta + scale * direction, tensor by tensor, without temporaries.
 
         Args:
             direction: shaped like the parameters; None stands for zero.
         """
-        for p, view, v in zip(self.parameters, self._views[row], direction, strict=True):
+        views = self._views[row]
+        if self.layouts[0].device.type != "cpu":
+            torch._foreach_copy_(views, [p.detach() for p in self.parameters])
+            moved = [(view, v) for view, v in zip(views, direction, strict=True) if v is not None]
+            if moved:
+                torch._foreach_add_([x for x, _ in moved], [v for _, v in moved], alpha=scale)
+            return
+        for p, view, v in zip(self.parameters, views, direction, strict=True):
             if v is None:
                 view.copy_(p)
             else:
                 torch.add(p, v, alpha=scale, out=view)
 
     @torch.no_grad()
-    def displace_at_random(
-        self, row: int, scale: float, seed: int, index: int, distribution: str
-    ) -> None:
-        """Row `row` becomes theta + scale * u, u the random direction number `index` of `seed`."""
-        draws = []
-        for layout, rows in self._pairs():
-            generator = torch.Generator(layout.device).manual_seed((seed << 32) + index)
-            vector = rows[row]
-            if distribution == "rademacher":
-                vector.bernoulli_(generator=generator).mul_(2).sub_(1)
-            else:
-                vector.normal_(generator=generator)
-            draws.append(vector)
-        if distribution == "sphere":
-            scale *= math.sqrt(self.numel) / norm(self._views[row])
-        for p, view in zip(self.parameters, self._views[row], strict=True):
-            torch.add(p, view, alpha=scale, out=view)
+    def displace_all(self, direction: Vector, scales: Sequence[float]) -> None:
+        """Row r becomes theta + scales_r * direction, all rows of a layout by one kernel.
+
+        The kernel reads flat vectors: the direction is gathered into one (P more memory for the
+        call), and theta, too, unless the parameters live in a flat buffer anyway.
+        """
+        for members, layout, rows in zip(self._members, self.layouts, self.rows, strict=True):
+            flat = layout.rows(1)[0]
+            _gather(layout.views(flat), [direction[k] for k in members])
+            base = self._live(layout)
+            if base is None:
+                base = layout.rows(1)[0]
+                _gather(layout.views(base), [p.detach() for p in layout.parameters])
+            ops.on(layout.device).perturb(
+                base, rows, scale=self._scale(layout, scales), direction=flat
+            )
 
     @torch.no_grad()
-    def along(self, row: int, direction: Sequence[Tensor | None]) -> float:
+    def displace_at_random(
+        self, first_row: int, scales: Sequence[float], seed: int, offset: int, distribution: str
+    ) -> None:
+        """Rows from `first_row` on become theta + scales_r * u_r, u_r the random direction number
+        offset + r of `seed`; one kernel for all rows of a layout.
+
+        "sphere" is a Gaussian direction brought to length sqrt(P), P the number of parameters.
+        Where the parameters do not live in a flat buffer, theta is gathered into the last row,
+        which then takes a second launch.
+        """
+        count = len(scales)
+        sphere = distribution == "sphere"
+        draw = "gaussian" if sphere else distribution
+        for number, (layout, buffer) in enumerate(self._pairs()):
+            rows = buffer[first_row : first_row + count]
+            perturb = ops.on(layout.device).perturb
+            # A stream of its own for every layout.
+            options: dict[str, Any] = {"seed": seed + (number << 32), "distribution": draw}
+            if sphere:
+                rows.zero_()
+            base = None if sphere else self._live(layout)
+            scale = self._scale(layout, [1.0] * count if sphere else scales)
+            if base is not None:
+                perturb(base, rows, scale=scale, offset=offset, **options)
+                continue
+            last = rows[-1]
+            if not sphere:
+                _gather(layout.views(last), [p.detach() for p in layout.parameters])
+            if count > 1:
+                perturb(last, rows[:-1], scale=scale[:-1], offset=offset, **options)
+            perturb(last, rows[-1:], scale=scale[-1:], offset=offset + count - 1, **options)
+        if sphere:
+            for r, scale_r in enumerate(scales, start=first_row):
+                length = norm(self._views[r])
+                for p, view in zip(self.parameters, self._views[r], strict=True):
+                    torch.add(p, view, alpha=scale_r * math.sqrt(self.numel) / length, out=view)
+
+    def _scale(self, layout: FlatLayout, scales: Sequence[float]) -> Tensor:
+        return torch.tensor(scales, dtype=torch.float64).to(layout.device)
+
+    def _live(self, layout: FlatLayout) -> Tensor | None:
+        """The buffer that the parameters live in, if they lie there as in the layout."""
+        first = layout.parameters[0]
+        size = layout.dtype.itemsize
+        start = first.data_ptr()
+        if any(
+            p.data_ptr() != start + offset * size
+            for p, offset in zip(layout.parameters, layout.segments.tolist(), strict=False)
+        ):
+            return None
+        storage = first.untyped_storage()
+        end = first.storage_offset() + len(layout)
+        # Neighbours by chance are other storages, which do not reach that far.
+        if storage.nbytes() < end * size or any(
+            p.untyped_storage().data_ptr() != storage.data_ptr() for p in layout.parameters
+        ):
+            return None
+        return first.detach().as_strided((len(layout),), (1,))
+
+    @torch.no_grad()
+    def along(self, row: int, direction: Vector) -> float:
         """<row - theta, direction>: how far the row really lies along the direction."""
         total = 0.0
         for p, view, v in zip(self.parameters, self._views[row], direction, strict=True):
@@ -170,6 +239,17 @@ class Copies:
                 f"closure must only compute losses, but it moved shared_parameters {moved}"
             )
         return result
+
+
+@torch.no_grad()
+def _gather(views: Sequence[Tensor], pieces: Sequence[Tensor | None]) -> None:
+    """Write pieces into a flat vector; None is zero."""
+    for view, piece in zip(views, pieces, strict=True):
+        if piece is None:
+            view.zero_()
+    there = [(view, x) for view, x in zip(views, pieces, strict=True) if x is not None]
+    if there:
+        torch._foreach_copy_([view for view, _ in there], [x for _, x in there])
 
 
 def check_displaceable(parameters: Sequence[Tensor]) -> None:

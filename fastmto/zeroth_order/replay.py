@@ -51,7 +51,7 @@ class Replay:
     """Evaluations under the same circumstances.
 
     A module's buffers are copied when its forward is first called in an evaluation, by a hook on
-    all modules, and written back after it if they changed. What a closure changes by other ways
+    all modules, and written back after it. What a closure changes by other ways
     (a module's `forward` called directly, attributes that are no buffers) is not seen.
 
     Args:
@@ -64,7 +64,7 @@ class Replay:
     ) -> None:
         self._now = RandomState(devices)
         self._start = start or self._now
-        self._seen: dict[tuple[int, str], tuple[nn.Module, Tensor, int, Tensor]] = {}
+        self._seen: dict[tuple[int, str], tuple[nn.Module, Tensor, Tensor]] = {}
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -81,13 +81,14 @@ class Replay:
     def _remember(self, module: nn.Module, _: Any) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and (id(module), name) not in self._seen:
-                self._seen[id(module), name] = module, buffer, buffer._version, buffer.clone()
+                self._seen[id(module), name] = module, buffer, buffer.clone()
 
     @torch.no_grad()
     def _put_back(self) -> None:
-        for (_, name), (module, buffer, version, value) in self._seen.items():
-            if buffer._version != version:
-                buffer.copy_(value)
+        for (_, name), (module, buffer, value) in self._seen.items():
+            # Not asked whether it changed: BatchNorm writes without counting a version. By .data,
+            # because nothing that autograd may have saved is another now.
+            buffer.data.copy_(value)
             if module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
         self._seen = {}
