@@ -67,7 +67,9 @@ class CpuTorch:
 
 def keep_grads(model: Any) -> None:
     """LibMTL 1.1.5 writes into `.grad` after `zero_grad`, which before torch 2 kept it."""
-    model.encoder.zero_grad(set_to_none=False)
+    for parameter in model.get_share_params():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
 
 
 class Loader:

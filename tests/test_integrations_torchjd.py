@@ -75,13 +75,13 @@ PAIRS: dict[str, tuple[Callable[[], Any], Callable[[int], Any], float, int]] = {
     "nashmtl": (
         lambda: weightings.NashMTL(),
         lambda n: theirs("NashMTL", n_tasks=n),
-        1e-2,
+        1e-6,
         5,
     ),
     "fairgrad": (
         lambda: weightings.FairGrad(alpha=2.0),
         lambda n: theirs("FairGrad", alpha=2.0),
-        1e-4,
+        1e-6,
         8,
     ),
     "aligned_mtl": (lambda: weightings.AlignedMTL(), lambda n: theirs("AlignedMTL"), 1e-9, 8),
@@ -163,7 +163,7 @@ def distance(a: nn.Module, b: nn.Module) -> float:
 
 
 @pytest.mark.parametrize("optimized", [False, True])
-@pytest.mark.parametrize("name", ["upgrad", "cagrad", "mgda", "imtl_g", "pcgrad", "aligned_mtl"])
+@pytest.mark.parametrize("name", [name for name in PAIRS if name != "mgda_many"])
 def test_swapped_into_a_jacobian_loop(ours: Any, name: str, optimized: bool) -> None:
     make, make_theirs, rtol, _ = PAIRS[name]
     torch.manual_seed(0)
@@ -174,16 +174,6 @@ def test_swapped_into_a_jacobian_loop(ours: Any, name: str, optimized: bool) -> 
     assert all(w.shape == (2,) and w.dtype == torch.float64 for w in weights)
     assert distance(net, before) > 0.05
     assert distance(net, reference) <= 10 * rtol
-
-
-def test_nash_loop_runs_where_the_published_solver_stops_early(ours: Any) -> None:
-    torch.manual_seed(0)
-    net = Net().double()
-    reference = copy.deepcopy(net)
-    before = copy.deepcopy(net)
-    train(net, ours.Aggregator(weightings.NashMTL()))
-    train(reference, theirs("NashMTL", n_tasks=2))
-    assert distance(net, reference) <= 0.02 * distance(net, before)
 
 
 @pytest.mark.parametrize("name", ["upgrad", "imtl_g"])

@@ -20,9 +20,9 @@ try:
     from LibMTL.weighting.abstract_weighting import AbsWeighting
 except ImportError as error:
     raise ImportError(
-        "fastmto.integrations.libmtl needs LibMTL: pip install 'fastmto[libmtl]'. LibMTL 1.1.5 "
-        "imports torchvision.models.utils, which torchvision dropped in 0.13; its repository's "
-        f"version does not ({error})"
+        "fastmto.integrations.libmtl needs LibMTL: pip install 'fastmto[libmtl]', or its "
+        "repository, where LibMTL 1.1.5 cannot be imported because torchvision (0.13 and later) "
+        f"has no torchvision.models.utils ({error})"
     ) from error
 
 from .. import registry
@@ -32,6 +32,7 @@ from ..balancers.famo import FAMO
 from ..balancers.gradient_balancer import GradientBalancer, GramBalancer
 from ..balancers.gradnorm import GradNorm
 from ..balancers.loss_balancer import LossBalancer
+from ..balancers.nashmtl import NashMTL
 
 #: LibMTL's names of `weight_args` -> the balancers' own. None: has no counterpart here, because
 #: the solvers are exact.
@@ -127,16 +128,15 @@ class BalancerWeighting(AbsWeighting):
             options["leak"] = [options["leak"]] * self.task_num
         if "dist" in options and options.pop("dist") != "Normal":
             raise ValueError(f"dist must be 'Normal', got {args['dist']!r}")
-        known = inspect.signature(self.method).parameters
-        if "device" in known:
+        if "device" in inspect.signature(self.method).parameters:
             options.setdefault("device", self.device)
         if self.rep_grad and issubclass(self.method, GradientBalancer):
             options["level"] = "features"
         elif self.rep_grad and not issubclass(self.method, LossBalancer):
             raise ValueError(f"rep_grad must be False for {self.method.__name__}")
-        # The published clip is of the shared gradient alone: made in `_clip`, not in the weights.
+        # The published clip is of the shared gradient alone: `backward` makes it, not the weights.
         self._max_norm = 0.0
-        if "max_norm" in known:
+        if issubclass(self.method, NashMTL):
             self._max_norm = options.pop("max_norm", 1.0) or 0.0
             options["max_norm"] = None
         return self.method(self.task_num, **options)
