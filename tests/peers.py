@@ -42,7 +42,7 @@ def libmtl() -> ModuleType:
         before = {name: sys.modules.get(name) for name in names}
         for name in names:
             sys.modules[name] = types.ModuleType(name)
-        sys.modules[names[-1]].load_state_dict_from_url = None  # type: ignore[attr-defined]
+        sys.modules[names[-1]].load_state_dict_from_url = None
         try:
             import LibMTL  # noqa: F401
         finally:

@@ -54,11 +54,11 @@ class Bench:
         loss = importlib.import_module("LibMTL.loss")
         metrics = importlib.import_module("LibMTL.metrics")
 
-        class Squared(loss.AbsLoss):  # type: ignore[name-defined,misc]
+        class Squared(loss.AbsLoss):
             def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
                 return nn.functional.mse_loss(pred, gt)
 
-        class Error(metrics.AbsMetric):  # type: ignore[name-defined,misc]
+        class Error(metrics.AbsMetric):
             def update_fun(self, pred: Tensor, gt: Tensor) -> None:
                 self.record.append(float((pred - gt).abs().sum()))
                 self.bs.append(len(pred))
@@ -209,6 +209,7 @@ NOT_AT_REPRESENTATIONS = {"pub", "marigold"}
 ONLY_AT_REPRESENTATIONS = {"mgda_ub"}
 
 
+@pytest.mark.filterwarnings("ignore:MARIGOLD found no update")
 @pytest.mark.parametrize("rep_grad", [False, True])
 @pytest.mark.parametrize("name", fastmto.available())
 def test_every_balancer_trains(bench: Bench, name: str, rep_grad: bool) -> None:
@@ -216,7 +217,9 @@ def test_every_balancer_trains(bench: Bench, name: str, rep_grad: bool) -> None:
         with pytest.raises(ValueError, match="rep_grad" if rep_grad else "features"):
             bench.train(bench.trainer(bench.ours.weighting(name), rep_grad))
         return
-    trainer = bench.trainer(bench.ours.weighting(name), rep_grad)
+    # LibMTL's loop has no closure for MARIGOLD to evaluate.
+    options = {"estimator": "reuse"} if name == "marigold" else {}
+    trainer = bench.trainer(bench.ours.weighting(name, **options), rep_grad)
     before = copy.deepcopy(trainer.model)
     weights = bench.train(trainer, epochs=1)
     assert weights.shape == (3, 1, 3)
@@ -279,7 +282,7 @@ def test_famo_learns_from_the_next_batch_or_update_w(bench: Bench) -> None:
     model = trainer.model
     model.update_w(torch.ones(3))
     assert model.balancer._pending == []
-    with pytest.raises(TypeError, match="FAMO"):
+    with pytest.raises(TypeError, match="LS takes no losses"):
         bench.trainer(bench.ours.weighting("ls")).model.update_w(torch.ones(3))
 
 

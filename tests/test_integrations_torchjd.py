@@ -260,6 +260,22 @@ def test_no_weights_is_an_error_with_a_status(ours: Any) -> None:
     assert caught.value.status != "solved"
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(ours: Any) -> None:
+    matrix = jacobian(4)
+    on_gpu = ours.Aggregator(weightings.UPGrad())(matrix.cuda())
+    assert on_gpu.is_cuda
+    torch.testing.assert_close(on_gpu.cpu(), ours.Aggregator(weightings.UPGrad())(matrix))
+    weights = ours.Projector()(torch.eye(4).cuda(), (matrix @ matrix.T).cuda())
+    assert weights.is_cuda
+
+
+def test_what_is_no_weighting_is_refused(ours: Any) -> None:
+    with pytest.raises(ValueError, match=r"weighting must be a fastmto.weightings.Weighting"):
+        ours.Aggregator(weightings.MGDA)
+
+
 def test_names(ours: Any) -> None:
     assert str(ours.Aggregator(weightings.UPGrad())) == "UPGrad"
     assert "CAGrad" in repr(ours.Weighting(weightings.CAGrad()))

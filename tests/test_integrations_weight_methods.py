@@ -28,6 +28,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "cagrad": {"c": 0.4, "max_norm": 1.0},
     "log_cagrad": {"c": 0.4, "max_norm": 1.0},
     "famo": {"gamma": 0.01, "w_lr": 0.025, "max_norm": 1.0},
+    "marigold": {"estimator": "reuse"},
 }
 
 
@@ -81,7 +82,7 @@ def tensors(model: Model, features: Tensor) -> dict[str, Any]:
     }
 
 
-def train(model: Model, weight_method: WeightMethods, famo: bool, steps: int = 4) -> list[Any]:
+def train(model: Model, weight_method: WeightMethods, updates: bool, steps: int = 4) -> list[Any]:
     """The loop of the quantum chemistry trainers."""
     optimizer = torch.optim.Adam(
         [
@@ -97,7 +98,7 @@ def train(model: Model, weight_method: WeightMethods, famo: bool, steps: int = 4
         losses = mse(out, y)
         outputs.append(weight_method.backward(losses=losses, **tensors(model, features)))
         optimizer.step()
-        if famo:
+        if updates:
             with torch.no_grad():
                 weight_method.method.update(mse(model(x)[0], y).detach())
     return outputs
@@ -111,7 +112,7 @@ def test_trains(name: str) -> None:
     weight_method = WeightMethods(
         name, n_tasks=3, device=torch.device("cpu"), **ARGUMENTS.get(name, {})
     )
-    outputs = train(model, weight_method, famo="famo" in name)
+    outputs = train(model, weight_method, name in ("famo", "marigold"))
     moved = [
         float((p - q).detach().abs().max()) > 0
         for p, q in zip(model.shared_parameters(), before.shared_parameters(), strict=True)
@@ -398,3 +399,23 @@ def test_no_weights_follow_the_balancers_policy() -> None:
         WeightMethods("nashmtl", 2, "cpu", on_failure="raise").backward(
             losses=[x[0] + 2, 2 - x[0]], shared_parameters=[x]
         )
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["nashmtl", "log_mgda", "uw", "famo", "graddrop"])
+def test_on_a_gpu(name: str) -> None:
+    torch.manual_seed(0)
+    model = Model()
+    outputs = []
+    for device in ("cpu", "cuda"):
+        weight_method = WeightMethods(name, n_tasks=3, device=torch.device(device))
+        copied = copy.deepcopy(model).to(device)
+        x, y = (tensor.to(device) for tensor in batch(0))
+        out, features = copied(x)
+        outputs.append(weight_method.backward(losses=mse(out, y), **tensors(copied, features)))
+        assert all(p.grad is not None for p in copied.parameters())
+        assert all(p.device.type == device for p in weight_method.parameters())
+    (cpu_loss, cpu), (gpu_loss, gpu) = outputs
+    torch.testing.assert_close(gpu["weights"].cpu().double(), cpu["weights"].double())
+    torch.testing.assert_close(gpu_loss.cpu(), cpu_loss)

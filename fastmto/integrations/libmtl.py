@@ -170,10 +170,11 @@ class BalancerWeighting(AbsWeighting):
         return self.balancer.weights.to("cpu", torch.float64).numpy()
 
     def update_w(self, losses: Tensor) -> None:
-        """FAMO's losses after the step, as in LibMTL."""
-        if not isinstance(self.balancer, FAMO):
-            raise TypeError(f"update_w is for FAMO, not {type(self.balancer).__name__}")
-        self.balancer.update(losses.detach())
+        """The losses after the step, for the methods with `update`, as LibMTL's FAMO has it."""
+        balancer: Any = self.balancer
+        if not hasattr(balancer, "update"):
+            raise TypeError(f"{type(balancer).__name__} takes no losses after the step")
+        balancer.update(losses.detach())
 
     def _take(self, args: dict[str, Any]) -> None:
         """New `weight_args`, at the first step: build the balancer anew, with what it has."""

@@ -45,12 +45,15 @@ class Weighting(torchjd.aggregation.Weighting[torchjd.linalg.PSDMatrix], torchjd
         weighting: of `fastmto.weightings`; `weighting.result` is the solver's last answer.
 
     Raises:
+        ValueError: something else than a weighting.
         SolverError: in a call: there are no weights for this Gram matrix; `status` says why.
             TorchJD returns zeros, equal or old weights instead, as the method has it: catch the
             error and leave out the step where a run has to go on.
     """
 
     def __init__(self, weighting: weightings.Weighting) -> None:
+        if not isinstance(weighting, weightings.Weighting):
+            raise ValueError(f"weighting must be a fastmto.weightings.Weighting, got {weighting!r}")
         super().__init__()
         self.weighting = weighting
 

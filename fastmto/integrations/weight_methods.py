@@ -26,6 +26,7 @@ from torch.nn import Parameter
 from .. import registry
 from ..balancers.base import Info, check_choice, check_number
 from ..balancers.gradient_balancer import GradientBalancer, GramBalancer
+from ..task_gradients import Losses
 from ..weightings import Weighting
 
 #: The family's value of an argument and T -> the balancer's options.
@@ -175,7 +176,7 @@ class WeightMethods:
         return self.method.parameters()
 
     def update(self, losses: Tensor | Sequence[Tensor]) -> None:
-        """The losses after the optimizer's step; only FAMO has it."""
+        """The losses after the optimizer's step, for FAMO."""
         self.method.update(losses)
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,7 +204,11 @@ class Method:
     Where the originals approximate (Nash-MTL's CCP, MGDA, FairGrad) the balancers are exact;
     nashmtl takes `optim_niter` without effect. uw's weights are (1/2) exp(-s), as in its loss.
     mgda compares gradients at `params="shared"` or "rep", not at "last". dwa's windows do not
-    slide, see `fastmto.balancers.DWA`.
+    slide, see `fastmto.balancers.DWA`. The other tasks' heads get zero gradients from stl, not
+    None.
+
+    In `METHODS` a name that is both the family's and fastmto's means the family's: imtl is
+    IMTL-G. The rest of fastmto's keys have fastmto's own conventions, and `max_norm=0`.
 
     Args:
         convention: of the method.
@@ -242,6 +247,7 @@ class Method:
         task_specific_parameters: Tensor | Iterable[Tensor] | None = None,
         last_shared_parameters: Tensor | Iterable[Tensor] | None = None,
         representation: Tensor | Sequence[Tensor] | None = None,
+        closure: Callable[[], Losses] | None = None,
     ) -> Returned:
         """Balanced gradients into `.grad`.
 
@@ -250,6 +256,7 @@ class Method:
             shared_parameters, task_specific_parameters, last_shared_parameters: a tensor or
                 several. Without task-specific parameters the graph is walked for them.
             representation: for methods that look at it.
+            closure: as `fastmto.balancers.Balancer.backward`; not the family's.
 
         Returns:
             The weighted sum of the losses, detached (for mean, logarithms: of those), and
@@ -272,6 +279,7 @@ class Method:
             task_specific_parameters=_listed(task_specific_parameters) or None,
             last_shared_parameters=_listed(last_shared_parameters),
             features=representation if at_features else None,
+            closure=closure,
         )
         if self.max_norm > 0 and shared:
             torch.nn.utils.clip_grad_norm_(shared, self.max_norm)
@@ -291,7 +299,7 @@ class Method:
         return parameters
 
     def update(self, losses: Tensor | Sequence[Tensor]) -> None:
-        """The losses after the optimizer's step; only FAMO has it."""
+        """The losses after the optimizer's step, for FAMO."""
         if not hasattr(self.balancer, "update"):
             raise TypeError(f"{self.convention.key} takes no losses after the step")
         self.balancer.update(losses)
