@@ -412,7 +412,7 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
     if f_low <= 0 or f_high >= 0:  # the root is at an end, up to rounding
         return low if f_low <= 0 else high
     side = 0
-    for _ in range(200):
+    for _ in range(50):
         middle = (low * f_high - high * f_low) / (f_high - f_low)
         value = function(middle)
         if abs(value) < 1e-15 or high - low < 1e-15:
