@@ -99,7 +99,8 @@ class BalancerWeighting(AbsWeighting):
     times and 1/T times LibMTL's; MGDA's normalised gradients only serve to find weights; GradDrop
     needs no `rep_grad` and does not multiply by the representation's sign; GradNorm's weights are
     no parameters of the model and count from the first epoch; PCGrad and GradDrop draw from
-    generators of their own; FAMO is given the next batch's losses, unless `update_w` is called.
+    generators of their own; UW starts from 0 (LibMTL from -0.5: `weighting("UW", init=-0.5)`);
+    FAMO is given the next batch's losses, unless `update_w` is called.
 
     Attributes:
         balancer: `fastmto.balancers.Balancer`, with weights, stats and so on.
@@ -149,7 +150,7 @@ class BalancerWeighting(AbsWeighting):
             weight_args: the Trainer's.
 
         Returns:
-            numpy (T,), the weights.
+            numpy (T,), what the losses were multiplied by; for Nash-MTL before the clip.
         """
         if weight_args != self._args:
             self._take(weight_args)

@@ -9,9 +9,9 @@
 
     torchjd.aggregation.UPGrad(projector=Projector())           # TorchJD's method, our solver
 
-Against TorchJD 0.18. Each weighting's docstring says how its conventions differ from TorchJD's
-class of the same name; `CAGrad(c, rescale=0)` and `DualConeProjector`s without regularization are
-those that need an argument to agree.
+Against TorchJD 0.18. The weightings' docstrings say what they do otherwise than TorchJD's classes of
+the same names. To get TorchJD's answers take `CAGrad(c, rescale=0)`, and on TorchJD's side
+`QuadprogProjector(norm_eps=0.0, reg_eps=0.0)` for UPGrad and DualProj.
 """
 
 from __future__ import annotations
