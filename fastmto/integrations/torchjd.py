@@ -9,8 +9,8 @@
 
     torchjd.aggregation.UPGrad(projector=Projector())           # TorchJD's method, our solver
 
-Against TorchJD 0.18. The weightings' docstrings say what they do otherwise than TorchJD's classes of
-the same names. To get TorchJD's answers take `CAGrad(c, rescale=0)`, and on TorchJD's side
+Against TorchJD 0.18. The weightings' docstrings say what they do otherwise than TorchJD's classes
+of the same names. To get TorchJD's answers take `CAGrad(c, rescale=0)`, and on TorchJD's side
 `QuadprogProjector(norm_eps=0.0, reg_eps=0.0)` for UPGrad and DualProj.
 """
 
