@@ -25,10 +25,11 @@ class DWA(LossBalancer):
     the first two epochs, as in the paper.
 
     What an epoch is: `window` steps, 25 by default, so that the method balances without being told
-    about epochs; nash-mtl has 25, too, as two sliding windows that start out full of ones. With
-    `window=None` an epoch ends when you call `end_epoch()`, as in the paper, LibMTL and TorchJD.
-    Every step counts, also those between two searches. A mean is over the steps at which the task
-    was present; a task absent for a whole epoch keeps its last two means.
+    about epochs; nash-mtl has 25, too, as two sliding windows, of which the older one still holds
+    the ones it started with when the first ratios are taken. With `window=None` an epoch ends when
+    you call `end_epoch()`, as in the paper, LibMTL and TorchJD. Every step counts, also those
+    between two searches. A mean is over the steps at which the task was present; a task absent for
+    a whole epoch keeps its last two means.
 
     Args:
         n_tasks: T; None: found at the first backward.

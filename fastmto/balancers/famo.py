@@ -26,9 +26,10 @@ class FAMO(LossBalancer):
         xi <- xi - lr (J_z(xi)' delta + gamma xi),    delta_i = log l_i(before) - log l_i(after)
 
     where J_z' delta = z * (delta - z.delta). As in the released code, Adam makes the last step,
-    with gamma as its weight decay. The released code also adds 1e-8 to l_i and cuts the shared
-    gradient to length 1 after every backward: here no loss may reach its minimum, and
-    `torch.nn.utils.clip_grad_norm_` is yours to call. TorchJD's FAMO keeps the 1e-8, too.
+    with gamma as its weight decay. The released code adds 1e-8 to l_i, as TorchJD's FAMO does; here
+    no loss may reach its minimum. Its famo.py also cuts the shared gradient to length 1 (its
+    weight_methods.py does so before there is one, to no effect): `torch.nn.utils.clip_grad_norm_`
+    is yours to call.
 
     **`update(losses)` belongs to the method**: call it after the optimizer's step with the losses
     on the same batch, or, where a second forward is too dear and the batches are alike, with the
