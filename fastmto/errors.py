@@ -6,6 +6,9 @@ classes here are the failures that depend on the numbers.
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class SolverError(RuntimeError):
     """A weighting found no weights for a Gram matrix.
@@ -27,3 +30,15 @@ class SolverError(RuntimeError):
 
 class NonFiniteError(RuntimeError):
     """A loss or a gradient is NaN or infinite and the policy is to raise."""
+
+
+def warn(message: str) -> None:
+    """A RuntimeWarning that points at the line of the user's which led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in ("fastmto", "torch")

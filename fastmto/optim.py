@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import ops
-from .errors import NonFiniteError, SolverError
+from .errors import NonFiniteError, SolverError, warn
 from .flat import FlatParameters
 from .group_rules import GroupRules, check_state_names, state_dtype
 from .groups import Parameters, TaskParameters, check_lr, param_groups
@@ -233,7 +232,7 @@ class UpdateBalancer(torch.optim.Optimizer):
             )
         if self._steps == 0 and not all(gradients.reached):
             missed = [k for k, on in enumerate(gradients.reached) if not on]
-            _warn(
+            warn(
                 f"no task of the first step reaches shared_parameters {missed}: unused, or hidden "
                 "by a checkpoint (which needs use_reentrant=False); their gradient is zero"
             )
@@ -243,7 +242,7 @@ class UpdateBalancer(torch.optim.Optimizer):
             for p, view in zip(flat.parameters, views, strict=True):
                 p.grad = view if filled else None
         if not any(gradients.touched):
-            _warn("no task of this step reaches the shared parameters (stats['untouched'])")
+            warn("no task of this step reaches the shared parameters (stats['untouched'])")
         self._pending = pending
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -362,7 +361,7 @@ class UpdateBalancer(torch.optim.Optimizer):
                 raise
             self.stats["held"] += 1
             # No numbers in the text: Python shows a warning of one text once.
-            _warn(f"no new task weights ({error.status}), the last ones stay (stats['held'])")
+            warn(f"no new task weights ({error.status}), the last ones stay (stats['held'])")
             return
         self._found = True
         bound = self._settings["max_weight"]
@@ -421,7 +420,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         self.stats["skipped"] += 1
         if self._settings["on_nonfinite"] == "raise":
             raise NonFiniteError(f"{what}; the step was not made")
-        _warn(f"step skipped: {what} (stats['skipped'])")
+        warn(f"step skipped: {what} (stats['skipped'])")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only for construction: the buffers' layout is settled there.
@@ -739,7 +738,3 @@ def _as_weighting(weighting: str | GramWeighting | None) -> GramWeighting | None
             f"{weighting!r}"
         )
     return weighting
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -40,7 +40,6 @@ METHODS = {
 ALIASES = {
     "ew": "ls",
     "equal": "ls",
-    "mean": "ls",
     "sum": "ls",
     "scaleinvls": "si",
     "random": "rlw",
@@ -62,7 +61,8 @@ def get(name: str, n_tasks: int | None = None, **options: Any) -> Balancer:
     Args:
         name: one of `available()`; upper case, "-" and "_" do not matter, and the names that
             TorchJD, LibMTL and the nash-mtl family use are known as well ("UW", "scaleinvls",
-            "Nash_MTL", "EW", ...).
+            "Nash_MTL", "EW", ...). "imtl" is both parts of the paper; the nash-mtl family's is
+            "imtl_g".
         n_tasks: T; None: found at the first backward.
         options: the method's own arguments.
 

@@ -80,7 +80,8 @@ def as_list(
             raise ValueError(f"{label} must be of a real floating dtype, got {loss.dtype}")
         if attached and not loss.requires_grad:
             raise ValueError(
-                f"{label} is not attached to a graph: nothing it was computed from requires grad"
+                f"{label} is not attached to a graph: nothing it was computed from requires grad; "
+                "a task that is absent from this batch is None"
             )
     if all(loss is None for loss in values):
         raise ValueError(f"losses must hold at least one task, got none of {len(values)}")
@@ -248,7 +249,13 @@ class TaskGradients:
         grads, head_grads = self._backward([loss], [1.0], heads, retain=retain)
         self._take([i], grads, row=row, add=add, weight=weight)
         self.reaches[i] = any(grad is not None for grad in grads)
-        return self._take_known(i, head_grads) if seen else [(i, head_grads)]
+        if not seen:
+            return [(i, head_grads)]
+        own = [grad for h in heads if self.owners[h] == i for grad in head_grads[h]]
+        if own and all(grad is None for grad in own):
+            # Another order of tasks or heads? The next backward looks at all of them.
+            self.inspected[i] = False
+        return self._take_known(i, head_grads)
 
     def _take_known(self, i: int, head_grads: HeadGrads) -> list[tuple[int, HeadGrads]]:
         """Take task i's gradients on the heads known to be its own; the others are returned."""
@@ -403,44 +410,56 @@ def _row(grad: Tensor | None, k: int) -> Tensor | None:
     return None if grad is None else grad[k]
 
 
-def _nodes(losses: Sequence[Tensor], stop: Set[Node]) -> Iterator[Node]:
-    """The nodes of the graph behind the losses, those behind `stop` left out."""
-    roots = [_root(loss) for loss in losses]
-    waiting = [
-        root.node if isinstance(root, GradientEdge) else get_gradient_edge(root).node
-        for root in roots
-    ]
-    seen = set(waiting)
+#: An output of a node of the graph.
+_Edge = tuple[Node, int]
+
+
+def _edge(tensor: Tensor | GradientEdge) -> _Edge:
+    edge = tensor if isinstance(tensor, GradientEdge) else get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+def _walk(losses: Sequence[Tensor], stop: Set[_Edge]) -> Iterator[_Edge]:
+    """The edges of the graph behind the losses; it is not followed through `stop`."""
+    waiting = [_edge(_root(loss)) for loss in losses]
+    seen = {node for node, _ in waiting}
+    yield from waiting
     while waiting:
-        node = waiting.pop()
-        yield node
-        if node in stop:
+        node, output = waiting.pop()
+        if (node, output) in stop:
             continue
-        for behind, _ in node.next_functions:
-            if behind is not None and behind not in seen:
+        for behind, nr in node.next_functions:
+            if behind is None:
+                continue
+            edge = (behind, nr)
+            yield edge
+            if edge not in stop and behind not in seen:
                 seen.add(behind)
-                waiting.append(behind)
+                waiting.append(edge)
+
+
+def graph_nodes(losses: Sequence[Tensor], beyond: Sequence[Tensor]) -> set[Node]:
+    """The nodes that the losses are computed by, up to the tensors `beyond` of the graph."""
+    stop = {_edge(x) for x in beyond}
+    return {edge[0] for edge in _walk(losses, stop) if edge not in stop}
 
 
 def reaches(loss: Tensor, inputs: Sequence[Tensor]) -> bool:
     """Whether the graph of a loss leads to any of the tensors."""
-    stop = {get_gradient_edge(x).node for x in inputs}
-    return any(node in stop for node in _nodes([loss], stop))
+    stop = {_edge(x) for x in inputs}
+    return any(edge in stop for edge in _walk([loss], stop))
 
 
 def leaves(losses: Sequence[Tensor], beyond: Sequence[Tensor]) -> list[Parameter]:
-    """The leaves that the losses are computed from, in the graph's order.
-
-    Args:
-        losses: scalars attached to their graphs.
-        beyond: tensors of the graph; they and what is behind them are left out.
-    """
-    stop = {get_gradient_edge(x).node for x in beyond}
-    return [
+    """The `torch.nn.Parameter`s that the losses are computed from, in the graph's order, up to
+    the tensors `beyond` of the graph."""
+    stop = {_edge(x) for x in beyond}
+    found = [
         node.variable
-        for node in _nodes(losses, stop)
-        if node not in stop and hasattr(node, "variable")
+        for node, nr in dict.fromkeys(_walk(losses, stop))
+        if (node, nr) not in stop and hasattr(node, "variable")
     ]
+    return [leaf for leaf in found if isinstance(leaf, Parameter)]
 
 
 def _write(

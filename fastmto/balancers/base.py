@@ -13,7 +13,6 @@ values, one backward) and `GradientBalancer` (gradient_balancer.py: from per-tas
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, warn
 from ..task_gradients import Losses, as_list, first_nonfinite
 from .per_task import take
 
@@ -31,8 +30,8 @@ from .per_task import take
 STATS = ("steps", "searches", "backwards", "held", "skipped", "absent", "untouched")
 
 Parameters = Iterable[Tensor]
-#: Task-specific parameters: all of them in one iterable, or one iterable a task.
-TaskParameters = Iterable[Tensor] | Sequence[Iterable[Tensor]]
+#: Task-specific parameters: all of them in one iterable, or one iterable a task, in order or named.
+TaskParameters = Iterable[Tensor] | Sequence[Iterable[Tensor]] | Mapping[str, Iterable[Tensor]]
 
 
 @dataclass
@@ -191,7 +190,7 @@ class Balancer(ABC):
 
     def _set_tasks(self, n_tasks: int) -> None:
         """Allocate what depends on T. Subclasses extend it."""
-        self.weights = torch.ones(n_tasks, dtype=torch.float64)
+        self.weights = torch.ones(n_tasks, dtype=torch.float64, device="cpu")
 
     @property
     def n_tasks(self) -> int | None:
@@ -224,8 +223,9 @@ class Balancer(ABC):
                 of named tasks. None, or a name left out of the dict, is a task absent from this
                 batch: its weight and the method's state about it keep still.
             shared_parameters: what the tasks share; needed by gradient-level methods.
-            task_specific_parameters: the heads', in one iterable or one iterable a task. None:
-                gradient-level methods walk the graph for all other parameters, at every step.
+            task_specific_parameters: the heads', in one iterable, or one iterable a task, or a
+                dict of those for named tasks. None: gradient-level methods walk the graph for all
+                other `torch.nn.Parameter`s, at every step.
             last_shared_parameters: of the last shared layer, for GradNorm.
             features: the shared representation (any shape, one tensor or several), for methods
                 that balance there.
@@ -241,6 +241,11 @@ class Balancer(ABC):
             NonFiniteError: with `on_nonfinite="raise"`.
             SolverError: no weights, with `on_failure="raise"` (gradient-level methods).
         """
+        if isinstance(losses, Mapping) and self.names is None and self._steps:
+            raise ValueError(
+                f"losses must stay a sequence of {self.n_tasks} tasks, as in the steps before: "
+                "names of a dict could mean another order"
+            )
         values, names = as_list(losses, self.n_tasks, self.names)
         if self.weights is None:
             self._set_tasks(len(values))
@@ -286,7 +291,8 @@ class Balancer(ABC):
 
     def _weighted_sum(self, batch: Batch) -> Tensor:
         losses = batch.losses
-        return self._current(batch).to(losses.device, losses.dtype, non_blocking=True) @ losses
+        weights = self._current(batch).to(losses.device, losses.dtype, non_blocking=True)
+        return (weights * losses).sum()  # a product that autocast leaves alone
 
     def _current(self, batch: Batch) -> Tensor:
         """The weights (n,) of the present tasks as they stand."""
@@ -382,7 +388,3 @@ def check_number(
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}]"
         raise ValueError(f"{name} must be a finite number in {interval}, got {value!r}")
     return float(value)
-
-
-def warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError, SolverError
+from ..errors import NonFiniteError
 from .base import Batch, check_number
-from .gradient_balancer import GradientBalancer, GradientOptions, _Flat
+from .buffers import Buffers
+from .gradient_balancer import GradientBalancer, GradientOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -50,6 +51,11 @@ class DBMTL(GradientBalancer):
         if beta == 1:
             raise ValueError("beta must be less than 1, got 1")
         self.decay = check_number("decay", decay, 0)
+        if options.get("level", "parameters") != "parameters":
+            raise ValueError(
+                "level must be 'parameters': features of different batches cannot be smoothed, "
+                f"got {options['level']!r}"
+            )
         super().__init__(n_tasks, **options)
 
     def reset(self) -> None:
@@ -57,46 +63,44 @@ class DBMTL(GradientBalancer):
         self._count = 0
         super().reset()
 
-    def _flat_built(self, flat: _Flat) -> None:
-        super()._flat_built(flat)
-        kept, self._smoothed = self._smoothed, flat.task_state()
-        if kept is None:
-            return
-        if [x.shape for x in kept] != [x.shape for x in self._smoothed]:
-            if self.level == "features":
-                return  # another batch size: there is nothing to go on from
-            raise ValueError(
-                f"{flat.label} must be laid out as before: the smoothed gradients have shapes "
-                f"{[tuple(x.shape) for x in kept]}, not {[tuple(x.shape) for x in self._smoothed]}"
-            )
-        for new, old in zip(self._smoothed, kept, strict=True):
-            new.copy_(old)
+    def _take_over(self, old: Buffers | None, new: Buffers) -> None:
+        smoothed = new.task_state()
+        if self._smoothed is not None:
+            shapes = [[tuple(x.shape) for x in each] for each in (self._smoothed, smoothed)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    "shared_parameters must be laid out as before: the smoothed gradients have "
+                    f"the shapes {shapes[0]}, these have {shapes[1]}"
+                )
+            for row, kept in zip(smoothed, self._smoothed, strict=True):
+                row.copy_(kept)
+        self._smoothed = smoothed
 
-    def _weigh(self, flat: _Flat, active: list[int], batch: Batch) -> tuple[Tensor | None, Tensor]:
+    def _weigh(
+        self, buffers: Buffers, active: list[int], batch: Batch
+    ) -> tuple[Tensor | None, Tensor]:
         assert self._smoothed is not None
         values = self._positive_losses(batch, "its logarithm is taken")
         for i in active:
-            if self.on_nonfinite != "ignore" and not flat.finite(i):
+            if self.on_nonfinite != "ignore" and not buffers.finite(i):
                 raise NonFiniteError(f"the gradient of {self._label(i)} is not finite")
         self._count += 1
         beta = self.beta / self._count**self.decay
         squares = torch.zeros(len(active), dtype=torch.float64)
-        for rows, smoothed in zip(flat.task_rows, self._smoothed, strict=True):
+        for rows, smoothed in zip(buffers.task_rows, self._smoothed, strict=True):
             for k, i in enumerate(active):
                 smoothed[i].mul_(beta).add_(rows[i], alpha=(1 - beta) / values[i])
                 squares[k] += float(torch.linalg.vector_norm(smoothed[i])) ** 2
         lengths = squares.sqrt()
-        if not bool((lengths > 0).all()):
-            bad = active[int((lengths == 0).nonzero()[0])]
-            raise SolverError(f"the gradient of {self._label(bad)} is zero", "zero_update")
-        self._factors = lengths.max() / lengths
+        # A task whose gradient is zero adds nothing, whatever its weight.
+        self._factors = torch.where(lengths > 0, lengths.max() / lengths, 1.0)
         return None, self._factors / torch.tensor([values[i] for i in active]).double()
 
-    def _join(self, flat: _Flat, active: list[int], weights: Tensor) -> None:
+    def _join(self, buffers: Buffers, active: list[int], weights: Tensor) -> None:
         assert self._smoothed is not None
         factors = torch.zeros_like(weights)
         factors[active] = self._factors
-        flat.combine(self._smoothed, active, factors)
+        buffers.combine(self._smoothed, active, factors)
 
     def _head_weights(self, batch: Batch) -> list[float]:
         assert self.weights is not None

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, warn
 from ..task_gradients import Losses, as_list, first_nonfinite
-from .base import Batch, check_number, warn
+from .base import Batch, check_number
 from .loss_balancer import LossBalancer
 from .per_task import TaskAdam, like, put, take
 

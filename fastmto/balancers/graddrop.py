@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from .base import Batch
-from .gradient_balancer import GradientBalancer, GradientOptions, _Flat
+from .buffers import Buffers
+from .gradient_balancer import GradientBalancer, GradientOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -65,17 +66,19 @@ class GradDrop(GradientBalancer):
             raise ValueError(f"leak must hold {n_tasks} numbers, one a task, got {self.leak}")
         super()._set_tasks(n_tasks)
 
-    def _weigh(self, flat: _Flat, active: list[int], batch: Batch) -> tuple[Tensor | None, Tensor]:
+    def _weigh(
+        self, buffers: Buffers, active: list[int], batch: Batch
+    ) -> tuple[Tensor | None, Tensor]:
         if self._looks_at(batch):
             for i in active:
-                if not flat.finite(i):
+                if not buffers.finite(i):
                     raise NonFiniteError(f"the gradient of {self._label(i)} is not finite")
         return None, torch.ones(len(active), dtype=torch.float64)
 
-    def _join(self, flat: _Flat, active: list[int], weights: Tensor) -> None:
-        generator = self._random(flat.device)
+    def _join(self, buffers: Buffers, active: list[int], weights: Tensor) -> None:
+        generator = self._random(buffers.device)
         leak = None if self.leak is None else [self.leak[i] for i in active]
-        for rows, out in zip(flat.task_rows, flat.joint_rows, strict=True):
+        for rows, out in zip(buffers.task_rows, buffers.joint_rows, strict=True):
             maths = torch.float64 if rows.dtype == torch.float64 else torch.float32
             kept = None if leak is None else torch.tensor(leak, dtype=maths, device=rows.device)
             for start in range(0, rows.shape[1], CHUNK):

@@ -12,20 +12,16 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from .. import ops
-from ..errors import NonFiniteError, SolverError
-from ..flat import FlatLayout, is_dense
-from ..group_rules import state_dtype
-from ..task_gradients import TaskGradients, leaves
+from ..errors import NonFiniteError, SolverError, warn
 from ..weightings import Weighting
-from .base import Balancer, Batch, Info, TaskParameters, as_tensors, check_choice, warn
+from .base import Balancer, Batch, Info, check_choice
+from .buffers import Buffers, check_inputs, heads_of, survey
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,18 +57,27 @@ class GradientBalancer(Balancer):
             alone, or that of the "weighted" one.
         passes: how the T gradients are taken: in a "loop", one backward after the other;
             "batched", `at_once` tasks a backward by vmap through autograd; "auto": the loop on
-            CPUs, where it is 1.5 to 5 times as fast, else batched, and the loop for good once
-            batching has failed. `Info.passes` tells. Peak memory over the graph: loop T + 2
-            vectors of P, batched T + 1 + 2 at_once and at_once times the activations' gradients;
-            at the features P is their size.
+            CPUs, where it is 1.5 to 5 times as fast, else batched, and the loop for good if the
+            first attempt at batching fails. `Info.passes` tells. Peak memory beside the graph:
+            loop T + 2 vectors of P, batched T + 1 + 3 at_once and at_once times the activations'
+            gradients, and one more where `.grad` is not None when `backward` is called; at the
+            features P is their size.
         at_once: tasks a batched backward; at most 8 by default.
         on_failure: what a search without an answer does: "hold" the last weights (a warning,
             `stats["held"]`) or "raise" SolverError before anything is written.
 
     The `.grad` that `backward` leaves shows a buffer which the next step uses again: clone it to
-    keep it. What is still in `.grad` when `backward` is called again is kept and added to.
-    Parameters are differentiated with `torch.autograd.grad`: hooks that wait for an accumulated
-    gradient do not fire.
+    keep it. What is still in `.grad` when `backward` is called again is kept and added to; every
+    call is a step of `update_weights_every`. A task whose first search is still to come is
+    searched for at once.
+
+    Gradients are taken by `torch.autograd.grad`: hooks that wait for an accumulated gradient do
+    not fire, and nothing is reduced between the processes of a DistributedDataParallel model,
+    about which a warning is given. Give losses as they are, not scaled by a GradScaler: weights
+    that do not depend on the losses' scale undo it.
+
+    What `on_nonfinite` looks at: the losses, the tasks' gradients in a search, the joint gradient
+    between two searches; not the heads' gradients.
 
     Raises:
         ValueError: an argument out of range.
@@ -106,90 +111,106 @@ class GradientBalancer(Balancer):
         )
 
     def reset(self) -> None:
-        self._flat: _Flat | None = None
-        self._seen: dict[str, Any] = {}  # what a loaded state knew of the heads' owners
-        self._cannot_batch: str | None = None
+        self._buffers: Buffers | None = None
+        self._known_heads: dict[str, Any] = {}  # of a loaded state
+        self._searched: set[int] = set()  # tasks that a search gave a weight
+        self._batchable: bool | None = None
+        self._why_loop = ""
         super().reset()
 
     def _backward(self, batch: Batch, searches: bool) -> tuple[Tensor, Info]:
         assert self.weights is not None
-        flat = self._flat_for(batch)
-        gradients = flat.gradients
+        buffers = self._buffers_for(batch)
+        gradients = buffers.gradients
         gradients.clear()
+        # A task that came late would stand with its initial weight among balanced ones.
+        late = [i for i in batch.tasks if gradients.reaches[i] and i not in self._searched]
+        if not searches and not late:
+            return self._between(batch, buffers)
         before = gradients.backwards
-        gram = passes = status = None
-        if not searches:
-            gradients.weighted(batch.values, self.weights.tolist(), row=flat.joint)
+        passes = self._per_task(batch, buffers)
+        if not any(gradients.reached):
+            raise RuntimeError(
+                f"no loss reaches {self._shared_name}: they are not what the model computes with"
+            )
+        active = [i for i in batch.tasks if gradients.touched[i]]
+        gram = status = None
+        weights = self.weights.clone()
+        try:
+            if active:
+                gram, found = self._weigh(buffers, active, batch)
+                weights[active] = found.to("cpu", torch.float64)
+                self._join(buffers, active, weights)
+        except NonFiniteError as error:
+            return self._refuse(batch, str(error))
+        except SolverError as error:
+            if self.on_failure == "raise":
+                raise
+            status = error.status
+            self.stats["held"] += 1
+            warn(f"weights held: {error} (stats['held'])")
+            buffers.combine(buffers.task_rows, active, weights)
         else:
-            passes = self._per_task(batch, flat)
-            active = [i for i in batch.tasks if gradients.touched[i]]
-            self.stats["untouched"] += len(batch.tasks) - len(active)
-            if not any(gradients.reached):
-                raise RuntimeError(
-                    f"no loss reaches {flat.label}: they are not what the model computes with"
-                )
-            weights = self.weights.clone()
-            try:
-                if active:
-                    gram, found = self._weigh(flat, active, batch)
-                    weights[active] = found.to("cpu", torch.float64)
-                    self._found = True
-            except NonFiniteError as error:
-                return self._refuse(batch, str(error))
-            except SolverError as error:
-                if self.on_failure == "raise":
-                    raise
-                status = error.status
-                self.stats["held"] += 1
-                warn(f"weights held: {error} (stats['held'])")
-            self.weights = weights
-            self.stats["searches"] += 1
-            if status is None:
-                self._join(flat, active, weights)
-            else:
-                flat.combine(flat.task_rows, active, weights)
+            self._found = True
+            self._searched.update(active)
+        self.weights = weights
+        self.stats["searches"] += 1
+        self.stats["untouched"] += len(batch.tasks) - len(active)
         self.stats["backwards"] += gradients.backwards - before
-        flat.deliver(self._head_weights(batch))
-        if self.level == "features":
-            self.stats["backwards"] += 1
-        info = Info(
-            self.weights,
-            self.names,
-            gram=gram,
-            status=status,
-            result=None if gram is None else self._result(),
-            passes=passes,
-        )
-        return self._weighted_sum(batch), info
+        result = None if gram is None else self._result()
+        info = Info(self.weights, self.names, gram, result, status, passes)
+        return self._deliver(batch, buffers), info
 
-    def _per_task(self, batch: Batch, flat: _Flat) -> str:
+    def _between(self, batch: Batch, buffers: Buffers) -> tuple[Tensor, Info]:
+        """A step without a search: one backward of the weighted losses."""
+        assert self.weights is not None
+        before = buffers.gradients.backwards
+        buffers.gradients.weighted(batch.values, self.weights.tolist(), row=buffers.joint)
+        if self._looks_at(batch) and not buffers.finite(buffers.joint):
+            return self._refuse(batch, "the gradient of the weighted losses is not finite")
+        self.stats["backwards"] += buffers.gradients.backwards - before
+        return self._deliver(batch, buffers), Info(self.weights, self.names)
+
+    def _deliver(self, batch: Batch, buffers: Buffers) -> Tensor:
+        """Write `.grad`; returns the weighted sum of the losses."""
+        buffers.deliver(self._head_weights(batch))
+        self.stats["backwards"] += buffers.at_features
+        return self._weighted_sum(batch)
+
+    def _per_task(self, batch: Batch, buffers: Buffers) -> str:
         """Fill the rows; returns how."""
-        retain = self.level == "features"  # the trunk behind them is still to come
+        gradients = buffers.gradients
         at_once = min(self.at_once or AT_ONCE, len(batch.tasks))
-        if at_once == 1 or not self._batches(flat):
-            flat.gradients.per_task(batch.values, retain=retain)
+        if at_once == 1 or not self._batches(buffers):
+            gradients.per_task(batch.values)
             return "loop"
-        if self._cannot_batch is None:
+        if self._batchable is not False:
             try:
                 # The graph has to outlive an attempt that may fail.
-                keep = retain or self.passes == "auto"
-                flat.gradients.per_task(batch.values, at_once=at_once, retain=keep)
+                retain = self.passes == "auto" and self._batchable is None
+                gradients.per_task(batch.values, at_once=at_once, retain=retain)
+                self._batchable = True
                 return f"batched ({at_once} at once)"
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
-                if self.passes == "batched":
+                if self.passes == "batched" or self._batchable:
                     raise
-                self._cannot_batch = str(error).splitlines()[0]
-                warn(f"batched backward failed, from now on in a loop: {self._cannot_batch}")
-                flat.gradients.clear()
-        flat.gradients.per_task(batch.values, retain=retain)
-        return f"loop (batched failed: {self._cannot_batch})"
+                self._batchable = False
+                self._why_loop = str(error).splitlines()[0]
+                warn(f"batched backward failed, from now on in a loop: {self._why_loop}")
+                gradients.clear()
+        gradients.per_task(batch.values)
+        return f"loop (batched failed: {self._why_loop})"
 
-    def _batches(self, flat: _Flat) -> bool:
+    def _batches(self, buffers: Buffers) -> bool:
         """Whether to try a batched backward."""
-        return self.passes == "batched" or (self.passes == "auto" and flat.device.type != "cpu")
+        return self.passes == "batched" or (self.passes == "auto" and buffers.device.type != "cpu")
 
     @abstractmethod
-    def _weigh(self, flat: _Flat, active: list[int], batch: Batch) -> tuple[Tensor | None, Tensor]:
+    def _weigh(
+        self, buffers: Buffers, active: list[int], batch: Batch
+    ) -> tuple[Tensor | None, Tensor]:
         """The Gram matrix, if the method has one, and the weights (n,) of the active tasks.
 
         Args:
@@ -202,13 +223,13 @@ class GradientBalancer(Balancer):
             SolverError: there are no weights.
         """
 
-    def _join(self, flat: _Flat, active: list[int], weights: Tensor) -> None:
+    def _join(self, buffers: Buffers, active: list[int], weights: Tensor) -> None:
         """Write the joint gradient into the joint rows; one pass over the tasks' rows.
 
         Args:
             weights: (T,) float64 on the CPU; those of tasks not in `active` do not count.
         """
-        flat.combine(flat.task_rows, active, weights)
+        buffers.combine(buffers.task_rows, active, weights)
 
     def _head_weights(self, batch: Batch) -> list[float] | None:
         """What every task's own gradient is multiplied by on its heads; None for 1."""
@@ -227,70 +248,69 @@ class GradientBalancer(Balancer):
         """The solver's result of the last search, if there is a solver."""
         return None
 
-    def _flat_for(self, batch: Batch) -> _Flat:
+    @property
+    def _shared_name(self) -> str:
+        return "features" if self.level == "features" else "shared_parameters"
+
+    def _buffers_for(self, batch: Batch) -> Buffers:
         """The buffers for the tensors of this call: those of the last one if they fit."""
         assert self.weights is not None
-        if self.level == "features":
-            name, inputs = "features", batch.features
-        else:
-            name, inputs = "shared_parameters", batch.shared
+        name = self._shared_name
+        inputs = batch.features if name == "features" else batch.shared
         if not inputs:
             raise ValueError(
                 f"{name} must be given to {type(self).__name__}.backward"
                 + (" with level='features'" if name == "features" else "")
-                + f", got {'nothing in it' if inputs is not None else None}"
+                + f", got {inputs}"
             )
-        for k, tensor in enumerate(inputs):
-            if not tensor.requires_grad:
-                raise ValueError(f"{name}[{k}] (shape {tuple(tensor.shape)}) requires no grad")
-            if not tensor.is_floating_point() or tensor.device != inputs[0].device:
-                raise ValueError(
-                    f"{name} must be of real floating dtypes on one device, got {tensor.dtype} on "
-                    f"{tensor.device} beside {inputs[0].device}"
-                )
-        flat = self._flat
-        heads = heads_of(batch, inputs, len(self.weights))
-        if batch.heads is None and flat is not None:
-            heads = flat.with_known(heads)
-        if flat is None or not flat.fits(inputs, heads, by_shape=self.level == "features"):
-            flat = _Flat(inputs, heads, len(self.weights), name)
-            self._flat_built(flat)
-            self._flat = flat
-        flat.keep_old_grads()
-        flat.bind(inputs, batch.shared)
-        return flat
+        check_inputs(name, inputs)
+        if name == "features" and batch.shared is not None:
+            check_inputs("shared_parameters", batch.shared)
+        heads = heads_of(batch, inputs, self.names, len(self.weights))
+        old = self._buffers
+        if old is not None and batch.heads is None:
+            # The heads of tasks that are absent now are not in the graph.
+            known = [(i, p) for i, p in old.heads if p.requires_grad]
+            ids = {id(p) for _, p in known}
+            heads = known + [(i, p) for i, p in heads if id(p) not in ids]
+        if old is None or not old.fits(inputs, heads):
+            survey(batch, inputs, heads)
+            new = Buffers(inputs, heads, len(self.weights), at_features=name == "features")
+            self._take_over(old, new)
+            if old is not None and old.same_heads(heads):
+                new.take_known_heads(old.known_heads())
+            elif old is None and batch.heads is not None:
+                new.take_known_heads(self._known_heads)
+            self._listed = batch.heads is not None
+            self._buffers = old = new
+        old.keep_old_grads()
+        old.bind(inputs, batch.shared)
+        return old
 
-    def _flat_built(self, flat: _Flat) -> None:
-        """New buffers: take over what is known about the heads. Subclasses add their own."""
-        old = self._owners()
-        same = self._flat is None or self._flat.same_heads(flat)
-        if same and old and len(old["owners"]) == len(flat.gradients.owners):
-            flat.gradients.owners = list(old["owners"])
-            flat.gradients.inspected = list(old["inspected"])
-            flat.gradients.reaches = list(old["reaches"])
+    def _take_over(self, old: Buffers | None, new: Buffers) -> None:
+        """Bring state of the rows' size into new buffers; raises before it changes anything."""
+        return None
 
-    def _owners(self) -> dict[str, Any]:
-        if self._flat is None:
-            return self._seen
-        gradients = self._flat.gradients
-        return {
-            "owners": list(gradients.owners),
-            "inspected": list(gradients.inspected),
-            "reaches": list(gradients.reaches),
-        }
+    def _heads_for_state(self) -> dict[str, Any]:
+        """What is known of the heads. Where the graph was walked for them, their order depends on
+        what came when, and the next run has to find out for itself."""
+        if self._buffers is None:
+            return copy.deepcopy(self._known_heads)
+        return self._buffers.known_heads() if self._listed else {}
 
     def _state(self) -> dict[str, Any]:
-        return {"heads": copy.deepcopy(self._owners())}
+        return {"heads": self._heads_for_state(), "searched": sorted(self._searched)}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        if "heads" not in state:
-            raise ValueError(f"state must hold 'heads', got {sorted(state)}")
-        self._flat = None
-        self._seen = copy.deepcopy(state["heads"])
+        if set(state) != {"heads", "searched"}:
+            raise ValueError(f"state must hold 'heads' and 'searched', got {sorted(state)}")
+        self._buffers = None
+        self._known_heads = copy.deepcopy(state["heads"])
+        self._searched = set(state["searched"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold no gradients: the buffers show another model's parameters."""
-        return {**self.__dict__, "_flat": None, "_seen": self._owners()}
+        return {**self.__dict__, "_buffers": None, "_known_heads": self._heads_for_state()}
 
     def _options(self) -> dict[str, Any]:
         options = {"level": (self.level, "parameters"), "heads": (self.heads, "own")}
@@ -318,8 +338,8 @@ class GramBalancer(GradientBalancer):
         self.weighting.reset()
         super().reset()
 
-    def _weigh(self, flat: _Flat, active: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
-        gram = flat.gram(active)
+    def _weigh(self, buffers: Buffers, active: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
+        gram = buffers.gram(active)
         if self.on_nonfinite != "ignore" and not bool(gram.diagonal().isfinite().all()):
             bad = int((~gram.diagonal().isfinite()).nonzero()[0])
             raise NonFiniteError(f"the gradient of {self._label(active[bad])} is not finite")
@@ -345,201 +365,3 @@ class GramBalancer(GradientBalancer):
 
     def _options(self) -> dict[str, Any]:
         return {"weighting": self.weighting, **super()._options()}
-
-
-class _Flat:
-    """The buffers of one set of tensors: T task rows, a joint row, the heads' gradients.
-
-    Args:
-        inputs: shared parameters or features.
-        heads: lists of task-specific parameters with their task, None where it is to be found.
-        n_tasks: T.
-        label: what the inputs are called in messages.
-    """
-
-    def __init__(
-        self,
-        inputs: Sequence[Tensor],
-        heads: Sequence[tuple[int | None, list[Tensor]]],
-        n_tasks: int,
-        label: str,
-    ) -> None:
-        self.label = label
-        self.joint = n_tasks
-        dtypes = list(dict.fromkeys(x.dtype for x in inputs))
-        self._places = [[k for k, x in enumerate(inputs) if x.dtype == d] for d in dtypes]
-        self._templates = [_template(x) for x in inputs]
-        self._order = [k for members in self._places for k in members]
-        self.layouts = [FlatLayout([self._templates[k] for k in m]) for m in self._places]
-        self._heads = [(owner, list(members)) for owner, members in heads]
-        self.gradients = TaskGradients(
-            self.layouts,
-            [FlatLayout(cast(list[Parameter], members)) for _, members in heads],
-            [owner for owner, _ in heads],
-            n_tasks,
-            spare=1,
-        )
-        self.task_rows = [rows[:n_tasks] for rows in self.gradients.rows]
-        self.joint_rows = [rows[n_tasks] for rows in self.gradients.rows]
-        self.device = self.layouts[0].device
-        self._backend = ops.on(self.device)
-        self._grams = torch.zeros(
-            len(dtypes), n_tasks, n_tasks, dtype=torch.float64, device=self.device
-        )
-        self._targets: list[Tensor] = []
-
-    def fits(
-        self,
-        inputs: Sequence[Tensor],
-        heads: Sequence[tuple[int | None, list[Tensor]]],
-        *,
-        by_shape: bool,
-    ) -> bool:
-        """Whether these are the tensors (or, `by_shape`, tensors laid out alike) of the last."""
-        if by_shape:
-            alike = len(inputs) == len(self._templates) and all(
-                (x.shape, x.dtype, x.device) == (t.shape, t.dtype, t.device)
-                for x, t in zip(inputs, self._templates, strict=True)
-            )
-        else:
-            alike = _same(inputs, self._inputs)
-        return alike and self._heads_are(heads)
-
-    def same_heads(self, other: _Flat) -> bool:
-        """Whether the other buffers are of the same heads."""
-        return self._heads_are(other._heads)
-
-    def with_known(
-        self, heads: list[tuple[int | None, list[Tensor]]]
-    ) -> list[tuple[int | None, list[Tensor]]]:
-        """The heads known so far and then the new ones: an absent task does not lose its own."""
-        known = {id(members[0]) for _, members in self._heads}
-        return self._heads + [head for head in heads if id(head[1][0]) not in known]
-
-    def _heads_are(self, heads: Sequence[tuple[int | None, list[Tensor]]]) -> bool:
-        return len(heads) == len(self._heads) and all(
-            owner == old_owner and _same(members, old)
-            for (owner, members), (old_owner, old) in zip(heads, self._heads, strict=True)
-        )
-
-    def bind(self, inputs: Sequence[Tensor], trunk: Sequence[Tensor] | None) -> None:
-        """Differentiate by `inputs`; for features, `trunk` is where their gradient goes."""
-        self._inputs = list(inputs)
-        self._trunk = trunk
-        self._targets = [inputs[k] for k in self._order]
-        self.gradients.rebind(self._targets)
-
-    def gram(self, active: Sequence[int]) -> Tensor:
-        """Inner products (n, n) of the active tasks' rows, float64 on the CPU, new memory."""
-        for rows, out in zip(self.task_rows, self._grams, strict=True):
-            self._backend.gram(rows, out)
-        gram = self._grams.sum(dim=0).cpu()
-        if len(active) < len(gram):
-            gram = gram[list(active)][:, list(active)]
-        return gram
-
-    def combine(self, rows: Sequence[Tensor], active: Sequence[int], weights: Tensor) -> None:
-        """joint row = sum over the active tasks of weights_i rows_i."""
-        applied = torch.zeros_like(weights)
-        applied[list(active)] = weights[list(active)]
-        applied = applied.to(self.device)
-        for task_rows, out in zip(rows, self.joint_rows, strict=True):
-            self._backend.combine(task_rows, applied, out)
-
-    def finite(self, task: int) -> bool:
-        """Whether a task's gradient is finite; waits for the device."""
-        return all(self._backend.all_finite(rows[task]) for rows in self.task_rows)
-
-    def task_state(self) -> list[Tensor]:
-        """Zeros like the task rows, in the precision that state is kept in."""
-        return [layout.rows(self.joint, state_dtype(layout.dtype)) for layout in self.layouts]
-
-    def joint_views(self) -> list[Tensor]:
-        """The joint gradient, one tensor an input."""
-        return self.gradients.views(self.joint)
-
-    def keep_old_grads(self) -> None:
-        """A `.grad` that still shows these buffers gets memory of its own before they change."""
-        shown = [*zip(self._targets, self.joint_views(), strict=False)]
-        for (_, members), views in zip(self._heads, self.gradients.head_views, strict=True):
-            shown += zip(members, views, strict=True)
-        for p, view in shown:
-            if p.is_leaf and p.grad is not None and p.grad.data_ptr() == view.data_ptr():
-                p.grad = p.grad.clone()
-
-    def deliver(self, head_weights: Sequence[float] | None) -> None:
-        """Bring the joint row and the heads' gradients into `.grad`."""
-        gradients = self.gradients
-        hits = [
-            (p, view)
-            for p, view, hit in zip(self._targets, self.joint_views(), gradients.hits, strict=True)
-            if hit
-        ]
-        if self.label == "features":
-            if hits:
-                torch.autograd.backward(
-                    [z for z, _ in hits],
-                    [view for _, view in hits],
-                    inputs=self._trunk,
-                )
-        else:
-            _add(hits)
-        for h, ((_, members), filled) in enumerate(zip(self._heads, gradients.filled, strict=True)):
-            if not filled:
-                continue
-            if head_weights is not None:
-                owner = gradients.owners[h]
-                assert owner is not None
-                gradients.head_rows[h].mul_(head_weights[owner])
-            _add(zip(members, gradients.head_views[h], strict=True))
-
-
-def _add(grads: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Add gradients to `.grad`; where there is none, it becomes the given tensor."""
-    held, added = [], []
-    for p, grad in grads:
-        if p.grad is None:
-            p.grad = grad
-        else:
-            held.append(p.grad)
-            added.append(grad)
-    if held:
-        torch._foreach_add_(held, added)
-
-
-def _template(tensor: Tensor) -> Parameter:
-    """What a layout has to know of a tensor; one without gaps stands in for one with."""
-    plain = tensor.detach()
-    if not is_dense(plain):
-        plain = torch.empty_like(plain, memory_format=torch.contiguous_format)
-    return cast(Parameter, plain)
-
-
-def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
-
-
-def heads_of(
-    batch: Batch, inputs: Sequence[Tensor], n_tasks: int
-) -> list[tuple[int | None, list[Tensor]]]:
-    """Task-specific parameters by task, or each for itself where its task is not known."""
-    given: TaskParameters | None = batch.heads
-    if given is None:
-        beyond = inputs if batch.features is None else [*inputs, *batch.features]
-        shared = {id(p) for p in (*inputs, *(batch.shared or ()))}
-        return [(None, [p]) for p in leaves(batch.present, beyond) if id(p) not in shared]
-    listed = list(given)
-    if all(isinstance(entry, Tensor) for entry in listed):
-        flat = cast(list[Tensor], listed)
-        return [(None, [p]) for p in flat if p.requires_grad]
-    if len(listed) != n_tasks:
-        raise ValueError(
-            f"task_specific_parameters must be one iterable of parameters, or {n_tasks} of them, "
-            f"one a task, got {len(listed)} entries"
-        )
-    # A parameter each, so that one which its task did not reach keeps no gradient.
-    heads: list[tuple[int | None, list[Tensor]]] = []
-    for i, entry in enumerate(listed):
-        members = as_tensors(f"task_specific_parameters[{i}]", entry) or []
-        heads += [(i, [p]) for p in members if p.requires_grad]
-    return heads

@@ -11,7 +11,8 @@ from torch.nn import Parameter
 
 from .. import weightings
 from .base import Batch
-from .gradient_balancer import GradientOptions, GramBalancer, _Flat
+from .buffers import Buffers
+from .gradient_balancer import GradientOptions, GramBalancer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -26,7 +27,7 @@ class IMTL(GramBalancer):
     takes the gradients at the shared representation: `level="features"`.
 
     Args:
-        n_tasks: T; needed for `parameters`, (T,) float32 scales s to give to the optimizer.
+        n_tasks: T; needed before `parameters`, the T scalars s_i to give to the optimizer.
         device: of s.
         options: as `GradientBalancer`.
     """
@@ -41,34 +42,31 @@ class IMTL(GramBalancer):
         **options: Unpack[GradientOptions],
     ) -> None:
         self._device = device
-        self._scales: Parameter | None = None
+        self._scales: list[Parameter] = []
         super().__init__(weightings.IMTLG(), n_tasks, **options)
 
     def _set_tasks(self, n_tasks: int) -> None:
         super()._set_tasks(n_tasks)
-        if self._scales is None:
-            self._scales = Parameter(torch.zeros(n_tasks, device=self._device))
-        with torch.no_grad():  # in place: an optimizer may hold it
-            self._scales.zero_()
-
-    @property
-    def scales(self) -> Parameter:
-        """s, (T,)."""
-        if self._scales is None:
-            raise ValueError("n_tasks must be given where s is asked for before the first step")
-        return self._scales
+        if not self._scales:
+            self._scales = [Parameter(torch.zeros((), device=self._device)) for _ in range(n_tasks)]
+        with torch.no_grad():  # in place, also by `reset`: an optimizer may hold them
+            for scale in self._scales:
+                scale.zero_()
 
     def parameters(self) -> list[Parameter]:
-        return [self.scales]
+        """T scalars s_i; an absent task's gets no gradient."""
+        if not self._scales:
+            raise ValueError("n_tasks must be given where parameters() is asked for before a step")
+        return list(self._scales)
 
-    def _weigh(self, flat: _Flat, active: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
-        gram, weights = super()._weigh(flat, active, batch)
+    def _weigh(self, buffers: Buffers, active: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
+        gram, weights = super()._weigh(buffers, active, batch)
         # Only now: a step that is skipped or held leaves no gradient here either.
-        tasks = torch.tensor(batch.tasks, device=self.scales.device)
-        losses = batch.losses.to(self.scales.device)
-        grad = torch.zeros_like(self.scales)
-        grad[tasks] = (self.scales.detach()[tasks].exp() * losses - 1).to(grad.dtype)
-        self.scales.grad = grad if self.scales.grad is None else self.scales.grad + grad
+        factors = self._factors()
+        for i, loss in zip(batch.tasks, batch.losses.tolist(), strict=True):
+            scale = self._scales[i]
+            grad = torch.full_like(scale, float(factors[i]) * loss - 1)
+            scale.grad = grad if scale.grad is None else scale.grad + grad
         return gram, weights
 
     def _solve(self, gram: Tensor, active: list[int], batch: Batch) -> Tensor:
@@ -77,17 +75,19 @@ class IMTL(GramBalancer):
         return super()._solve(scaled, active, batch) * factors
 
     def _factors(self) -> Tensor:
-        return self.scales.detach().to("cpu", torch.float64).exp()
+        """exp(s) (T,), float64 on the CPU."""
+        return torch.stack([s.detach() for s in self._scales]).to("cpu", torch.float64).exp()
 
     def _head_weights(self, batch: Batch) -> list[float]:
         return self._factors().tolist()
 
     def _state(self) -> dict[str, Any]:
-        return {**super()._state(), "scales": self.scales.detach().clone()}
+        return {**super()._state(), "scales": [float(s.detach()) for s in self._scales]}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        if "scales" not in state or state["scales"].shape != self.scales.shape:
-            raise ValueError(f"state must hold 'scales' of {len(self.scales)} tasks")
+        if len(state.get("scales", ())) != len(self._scales):
+            raise ValueError(f"state must hold 'scales' of {len(self._scales)} tasks")
         super()._load({k: v for k, v in state.items() if k != "scales"})
         with torch.no_grad():
-            self.scales.copy_(state["scales"])
+            for scale, value in zip(self._scales, state["scales"], strict=True):
+                scale.fill_(value)

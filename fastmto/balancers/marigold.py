@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import weightings
-from ..errors import NonFiniteError, SolverError
+from ..errors import NonFiniteError, SolverError, warn
 from ..task_gradients import Losses, as_list
 from ..weightings import Weighting
 from ..zeroth_order.estimators import directions_gram, narrowest, relative_steps, span_gram
@@ -23,7 +23,7 @@ from ..zeroth_order.known_vectors import KnownVectors
 from ..zeroth_order.perturb import Copies, check_displaceable, check_step
 from ..zeroth_order.replay import RandomState, Replay
 from ..zeroth_order.simplex_rules import Descent, FamoRule, Mirror, Projected, SimplexRule
-from .base import Balancer, Batch, Info, check_choice, check_number, warn
+from .base import Balancer, Batch, Info, check_choice, check_number
 
 ESTIMATORS = ("forward", "central", "reuse", "directions", "span")
 CRITERIA = ("mgda", "famo", "bargaining", "imtl_g", "cagrad", "fairgrad")
@@ -619,7 +619,8 @@ class MARIGOLD(Balancer):
     def update(self, losses: Losses) -> None:
         """Take the losses after the optimizer's step on the same batch, for estimator="reuse".
 
-        Does nothing after a step that made no estimate or was skipped.
+        Does nothing after a step that made no estimate or was skipped, and with the other
+        estimators: a loop that calls it works with all of them.
 
         Args:
             losses: as in `backward`; graphs are not needed. Compute them inside `replaying()`
@@ -627,15 +628,11 @@ class MARIGOLD(Balancer):
                 before must all be there.
 
         Raises:
-            RuntimeError: the estimator is another, or there was no backward yet.
+            RuntimeError: there was no backward yet.
             ValueError: wrong losses.
             NonFiniteError: a loss is not finite, with `on_nonfinite="raise"`.
         """
-        if self.estimator != "reuse":
-            raise RuntimeError(
-                f"update(losses) belongs to estimator='reuse', got {self.estimator!r}"
-            )
-        if self._estimates_begun() == 0:
+        if self.weights is None or self._estimates == 0:
             raise RuntimeError("update(losses) must come after backward(losses), got no backward")
         if self._reuse is None:
             return
@@ -656,9 +653,6 @@ class MARIGOLD(Balancer):
                 return
         change = before.values - self._transformed(before.tasks, values)
         self._take_up(change / eta, before.length**2, before.tasks, None)
-
-    def _estimates_begun(self) -> int:
-        return 0 if self.weights is None else self._estimates
 
     def _copies_for(self, batch: Batch, points: int) -> Copies:
         """The buffers of this estimate: those of the last one if they fit."""

@@ -31,5 +31,6 @@ class MGDAUB(MGDA):
         normalization: str = "none",
         **options: Unpack[GradientOptions],
     ) -> None:
-        options.setdefault("level", "features")
+        if options.setdefault("level", "features") != "features":
+            raise ValueError(f"level must be 'features', got {options['level']!r}; see MGDA")
         super().__init__(n_tasks, normalization=normalization, **options)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import pub
 from .base import Balancer, Batch, Info
-from .gradient_balancer import heads_of
+from .buffers import heads_of
 
 
 class PUB(Balancer):
@@ -56,27 +56,40 @@ class PUB(Balancer):
 
     def reset(self) -> None:
         self.optimizer: pub.PUB | None = None
+        self._listed: list[Tensor] = []
         self._saved: dict[str, Any] | None = None
         super().reset()
 
     def _backward(self, batch: Batch, searches: bool) -> tuple[Tensor, Info]:
         assert self.weights is not None
-        if batch.shared is None:
-            raise ValueError("shared_parameters must be given to PUB.backward, got None")
+        for name, given in (
+            ("shared_parameters", batch.shared),
+            ("task_specific_parameters", batch.heads),
+        ):
+            if given is None:
+                raise ValueError(f"{name} must be given to PUB.backward, got None")
+        assert batch.shared is not None
+        heads = heads_of(batch, batch.shared, self.names, len(self.weights))
+        listed = [*batch.shared, *(p for _, p in heads)]
         if self.optimizer is None:
-            members: list[list[Any]] = [[] for _ in self.weights]
-            listed = heads_of(batch, batch.shared, len(self.weights))
-            owned = bool(listed) and all(owner is not None for owner, _ in listed)
-            for owner, head in listed:
-                members[owner or 0] += head
+            owned = bool(heads) and all(owner is not None for owner, _ in heads)
+            by_task = [[p for i, p in heads if i == task] for task in range(len(self.weights))]
             self.optimizer = pub.PUB(
                 batch.shared,  # type: ignore[arg-type]
-                members if owned else [p for _, head in listed for p in head],
+                by_task if owned else [p for _, p in heads],  # type: ignore[arg-type]
                 **self._pub_options,
             )
+            self._listed = listed
             if self._saved is not None:
                 self.optimizer.load_state_dict(self._saved)
                 self._saved = None
+        if len(listed) != len(self._listed) or any(
+            p is not q for p, q in zip(listed, self._listed, strict=True)
+        ):
+            raise ValueError(
+                "shared_parameters and task_specific_parameters must be those of the first call: "
+                "PUB is the optimizer of these"
+            )
         optimizer = self.optimizer
         before = dict(optimizer.stats)
         optimizer.backward(batch.values)
