@@ -141,6 +141,7 @@ class TaskGradients:
         self.inspected = [False] * n_tasks
         self.reaches = [True] * n_tasks  # whether a task's last own backward reached the rows
         self.backwards = 0
+        self._unsettled = False  # whether a head was reached by several tasks, by zeros only
         self._shared: list[Tensor] = [p for layout in layouts for p in layout.parameters]
         self._heads = [head.parameters for head in heads]
         self.reached = [False] * len(self._shared)
@@ -213,7 +214,11 @@ class TaskGradients:
         Tasks of (nearly) no weight and tasks never seen before take a backward of their own.
         """
         present = [(i, loss) for i, loss in enumerate(losses) if loss is not None]
-        apart = [i for i, _ in present if abs(weights[i]) < self._floor or not self.inspected[i]]
+        apart = [
+            i
+            for i, _ in present
+            if self._unsettled or abs(weights[i]) < self._floor or not self.inspected[i]
+        ]
         joint = {i: loss for i, loss in present if i not in apart}
         add = not self._empty
         if joint:
@@ -365,6 +370,7 @@ class TaskGradients:
         if not fresh:
             return
         owners = list(self.owners)
+        self._unsettled = False
         for h, members in enumerate(self._heads):
             reached, moved = [], []
             for i, head_grads in fresh:
@@ -376,6 +382,7 @@ class TaskGradients:
             if owners[h] is None:
                 # Reached with zeros only (a stack of losses connects everything): wait and see.
                 owners[h] = moved[0] if moved else reached[0] if len(reached) == 1 else None
+            self._unsettled |= owners[h] is None and len(reached) > 1
             owner = owners[h]
             strangers = [i for i in moved if i != owner]
             if strangers and owner is not None:

@@ -653,6 +653,30 @@ def test_a_copy_finds_the_heads_of_a_run_that_began_with_an_absent_task(given):
                 close(grads(head), list(expected))
 
 
+def test_heads_whose_first_gradients_are_zero():
+    """One vector of losses connects every head to every task; zeros do not tell whose it is."""
+    torch.manual_seed(0)
+    trunk = nn.Linear(4, 6)
+    heads = nn.ModuleList(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)) for _ in "ab")
+    for head in heads:
+        nn.init.zeros_(head[2].weight)
+    sgd = torch.optim.SGD([*trunk.parameters(), *heads.parameters()], lr=0.1)
+    balancer = fastmto.get("upgrad", update_weights_every=5)
+    x, y = torch.randn(8, 4), torch.randn(8, 2)
+    for step in range(4):
+        sgd.zero_grad()
+        losses = (torch.cat([head(trunk(x)) for head in heads], 1) - y).pow(2).mean(0)
+        balancer.backward(losses, trunk.parameters(), heads.parameters())
+        if step:
+            own = torch.autograd.grad(
+                (torch.cat([head(trunk(x)) for head in heads], 1) - y).pow(2).mean(0).sum(),
+                list(heads.parameters()),
+            )
+            close(grads(heads.parameters()), list(own))
+        sgd.step()
+    assert balancer.stats["searches"] == 1
+
+
 def test_losses_in_another_order_do_not_pass():
     model, x = model_of(), data()
     balancer = Fixed(1.0, 2.0, 3.0)
