@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any, cast
 
-from .balancers.base import Balancer
+from . import balancers
+from .balancers import Balancer
 
-#: Key of a method -> module and class in `fastmto.balancers`.
+#: Key of a method -> its class in `fastmto.balancers`.
 METHODS = {
     "ls": "LS",
     "si": "SI",
@@ -33,6 +33,7 @@ METHODS = {
     "aligned_mtl": "AlignedMTL",
     "db_mtl": "DBMTL",
     "pub": "PUB",
+    "marigold": "MARIGOLD",
 }
 
 #: Other libraries' spellings, without case, "-" and "_" -> key. Spellings that differ from a key
@@ -70,7 +71,7 @@ def get(name: str, n_tasks: int | None = None, **options: Any) -> Balancer:
         ValueError: an unknown name.
         TypeError: an argument that the method does not have.
     """
-    return cast(Balancer, method(name)(n_tasks, **options))
+    return method(name)(n_tasks, **options)
 
 
 def method(name: str) -> type[Balancer]:
@@ -81,8 +82,7 @@ def method(name: str) -> type[Balancer]:
     key = ALIASES.get(plain) or {_plain(key): key for key in METHODS}.get(plain)
     if key is None:
         raise ValueError(f"name must be one of {', '.join(METHODS)}, got {name!r}")
-    module = importlib.import_module(f".balancers.{key}", __package__)
-    return cast(type[Balancer], getattr(module, METHODS[key]))
+    return cast(type[Balancer], getattr(balancers, METHODS[key]))
 
 
 def _plain(name: str) -> str:
