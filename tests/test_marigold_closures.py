@@ -437,8 +437,6 @@ def test_calls_that_lack_something() -> None:
         MARIGOLD().backward(CASE(theta), [theta])
     with pytest.raises(ValueError, match="shared_parameters must hold at least one"):
         MARIGOLD().backward(CASE(theta), [], closure=lambda: CASE(theta))
-    with pytest.raises(RuntimeError, match=r"update.*belongs to estimator='reuse'"):
-        MARIGOLD(2).update(CASE(theta))
     with pytest.raises(RuntimeError, match="must come after backward"):
         MARIGOLD(2, estimator="reuse").update(CASE(theta))
     other = parameter((1.0, 2.0))
@@ -450,6 +448,18 @@ def test_calls_that_lack_something() -> None:
         MARIGOLD().backward(CASE(theta), [frozen], closure=lambda: CASE(theta))
     with pytest.raises(RuntimeError, match="lambda_ needs the number of tasks"):
         _ = MARIGOLD().lambda_
+
+
+def test_update_does_nothing_where_there_is_nothing_to_do() -> None:
+    theta = parameter((1.0, 2.0))
+    for balancer in (MARIGOLD(), MARIGOLD(estimator="reuse", update_every=2)):
+        for _ in range(2):
+            balancer.backward(CASE(theta), [theta], closure=lambda: CASE(theta))
+            theta.data -= 0.1 * theta.grad
+            balancer.update(CASE(theta))
+            before = balancer.lambda_
+            balancer.update(CASE(theta))
+            assert torch.equal(balancer.lambda_, before)
 
 
 def test_a_forgotten_update_is_said_and_counted() -> None:

@@ -310,10 +310,11 @@ def difference_along(a: Tensor, b: Tensor, v: Tensor | None) -> float:
     """
     x, y = as_vector(a), as_vector(b)
     z = None if v is None else as_vector(laid_like(v, b))
-    chunk = _CHUNK.get(a.device.type, _CHUNK_ELSE)
-    total = torch.zeros((), dtype=torch.float64, device=a.device)
-    for start in range(0, len(x), chunk):
-        difference = x[start : start + chunk] - y[start : start + chunk]
-        other = difference if z is None else z[start : start + chunk]
-        total += torch.dot(difference, other)
-    return float(total)
+    chunk = min(_CHUNK.get(a.device.type, _CHUNK_ELSE), len(x))
+    difference = x.new_empty(chunk)
+    parts = []
+    for start in range(0, len(x), chunk or 1):
+        end = min(start + chunk, len(x))
+        part = torch.sub(x[start:end], y[start:end], out=difference[: end - start])
+        parts.append(torch.dot(part, part if z is None else z[start:end]))
+    return float(torch.stack(parts).double().sum()) if parts else 0.0
