@@ -11,8 +11,11 @@
 
 namespace fastmto::solvers {
 
-// A pivot of a factor below this times the order is rounding: the row depends on those before.
-constexpr double kDependent = 16.0 * kEps;
+// A pivot below this times the order times the level of rounding is none: that task depends on
+// those before.
+constexpr double kDependent = 16.0;
+// Indefiniteness beyond this is not rounding, not even that of a float32 Gram matrix.
+constexpr double kIndefinite = 1e-3;
 
 struct ActiveSet {
   int n;
@@ -64,8 +67,8 @@ FASTMTO_INLINE double project(const ActiveSet& s, int j) {
   return d;
 }
 
-FASTMTO_INLINE bool independent(const ActiveSet& s, double d) {
-  return d > kDependent * (s.size + 1);
+FASTMTO_INLINE double smallest_pivot(const ActiveSet& s, double level) {
+  return kDependent * level * (s.size + 1);
 }
 
 // Puts the task last projected, with its pivot, into the set.
@@ -170,8 +173,8 @@ FASTMTO_INLINE void accumulate(const ActiveSet& s, const double* z, double sign,
 
 enum class End {
   kOptimal,
-  kRay,    // the objective falls without end along x, which is then that direction
-  kLimit,  // more steps than the method can need: rounding
+  kIndefinite,  // C has a negative direction beyond kIndefinite
+  kLimit,       // more steps than the method can need
 };
 
 struct Cone {
@@ -180,8 +183,9 @@ struct Cone {
   double* x;        // (ld) out, by task
   double* r;        // (ld) out: b - C x
   double* z;        // (ld) in the order of the set
-  double* q;        // (ld) in the order of the set
+  double* wrong;    // (ld) 1 for infeasible tasks
   double* held;     // (ld) 1 for tasks that rounding keeps out of the set
+  double level;     // relative error of C: eps, or the negative direction met so far
   double x_sum;     // out: sum of x
   int steps;        // out: factorisations and exchanges
 };
@@ -197,8 +201,9 @@ FASTMTO_INLINE Cone carve_cone(int n, int ld, const double* c, const double* b, 
   t.x = arena->take(ld);
   t.r = arena->take(ld);
   t.z = arena->take(ld);
-  t.q = arena->take(ld);
+  t.wrong = arena->take(ld);
   t.held = arena->take(ld);
+  t.level = kEps;
   t.x_sum = 0.0;
   t.steps = 0;
   return t;
@@ -206,7 +211,7 @@ FASTMTO_INLINE Cone carve_cone(int n, int ld, const double* c, const double* b, 
 
 // What rounding leaves of a zero entry of r.
 FASTMTO_INLINE double noise(const Cone& t, int j) {
-  return 8.0 * kEps * (std::fabs(t.b[j]) + t.x_sum);
+  return (8.0 + t.set.size) * t.level * (std::fabs(t.b[j]) + t.x_sum);
 }
 
 // x, its sum and r from z on the set.
@@ -246,7 +251,7 @@ FASTMTO_INLINE bool refactor(Cone* t) {
   bool good = factor<4>(k, width, s->ld, s->a, s->inverse);
   for (int i = 0; good && i < k; ++i) {
     s->pivot[i] = 1.0 / s->inverse[i];
-    good = s->pivot[i] > kDependent * (i + 1);
+    good = s->pivot[i] > kDependent * t->level * (i + 1);
   }
   if (!good) {
     clear(s);
@@ -271,7 +276,7 @@ FASTMTO_INLINE bool exchange_blocks(Cone* t) {
     int infeasible = 0;
     for (int j = 0; j < s->n; ++j) {
       const bool wrong = s->place[j] >= 0 ? t->x[j] < 0.0 : t->r[j] > noise(*t, j);
-      t->q[j] = wrong ? 1.0 : 0.0;
+      t->wrong[j] = wrong ? 1.0 : 0.0;
       infeasible += wrong;
     }
     if (infeasible == 0) return true;
@@ -282,7 +287,7 @@ FASTMTO_INLINE bool exchange_blocks(Cone* t) {
       break;
     }
     for (int j = 0; j < s->n; ++j) {
-      if (t->q[j] != 0.0) s->place[j] = s->place[j] >= 0 ? -1 : 0;
+      if (t->wrong[j] != 0.0) s->place[j] = s->place[j] >= 0 ? -1 : 0;
     }
   }
   bool negative = s->size > 0;
@@ -299,14 +304,53 @@ FASTMTO_INLINE bool exchange_blocks(Cone* t) {
   return false;
 }
 
-// Problem (1): block exchanges, then single ones (Lawson and Hanson 1974, chapter 23, on C). A
-// task that depends on the set does not enter the factor: x moves along the null direction until a
-// task of the set reaches 0 and makes room, or, where none does, that direction is the ray.
+// From x feasible and z optimal on the set: x moves to z, dropping the tasks that reach 0 on the
+// way, until z > 0. False, and x unchanged, if the task that entered last would have to leave at
+// once: solved exactly its z is positive, so what let it in was rounding.
+FASTMTO_INLINE bool move_inside(Cone* t) {
+  ActiveSet* s = &t->set;
+  bool first = true;
+  for (;;) {
+    solve_on(*s, t->b, t->z);
+    if (first && !(t->z[s->size - 1] > 0.0)) return false;
+    first = false;
+    double part = 1.0;
+    int blocks = -1;
+    for (int i = 0; i < s->size; ++i) {
+      if (t->z[i] > 0.0) continue;
+      const double x = t->x[s->index[i]];
+      const double reach = x > 0.0 ? x / (x - t->z[i]) : 0.0;
+      if (blocks >= 0 && !(reach < part)) continue;
+      part = reach;
+      blocks = i;
+    }
+    if (blocks < 0) return true;
+    if (!(part > 0.0)) part = 0.0;
+    ++t->steps;
+    for (int i = s->size - 1; i >= 0; --i) {
+      double* x = t->x + s->index[i];
+      if (part > 0.0) *x += part * (t->z[i] - *x);
+      if (i != blocks && *x > 0.0) continue;
+      *x = 0.0;
+      remove(s, i);
+      for (int k = i; k < s->size; ++k) t->z[k] = t->z[k + 1];
+    }
+    if (s->size == 0) return true;
+  }
+}
+
+// Problem (1): block exchanges, then single ones (Lawson and Hanson 1974, chapter 23, on C).
+//
+// A task that depends on the set enters with the smallest pivot that is not rounding: a ridge of
+// that relative size on its own cosine, and the only one. So the minimum is finite: where b'x has
+// none, x grows until rounding hides the rest, along the direction that it would take for ever.
 FASTMTO_INLINE End minimise(Cone* t) {
   ActiveSet* s = &t->set;
   const int limit = 10 * s->n + 50;
   t->steps = 0;
+  t->level = kEps;
   if (exchange_blocks(t)) return End::kOptimal;
+  double reached = -DBL_MAX;  // -2 times the objective, which falls
   for (int j = 0; j < s->n; ++j) t->held[j] = 0.0;
   while (t->steps < limit) {
     int enter = -1;
@@ -321,78 +365,26 @@ FASTMTO_INLINE End minimise(Cone* t) {
     }
     if (enter < 0) return End::kOptimal;
     ++t->steps;
-    double d = project(*s, enter);
-    double entered = 0.0;  // x of the task that enters
-    if (!independent(*s, d)) {
-      null_direction(*s, t->q);
-      int leave = -1;
-      double length = DBL_MAX;
-      for (int i = 0; i < s->size; ++i) {
-        if (!(t->q[i] < 0.0)) continue;
-        const double reach = t->x[s->index[i]] / -t->q[i];
-        if (reach < length) {
-          length = reach;
-          leave = i;
-        }
-      }
-      if (leave < 0) {
-        for (int j = 0; j < s->ld; ++j) t->x[j] = 0.0;
-        for (int i = 0; i < s->size; ++i) t->x[s->index[i]] = t->q[i];
-        t->x[enter] = 1.0;
-        return End::kRay;
-      }
-      for (int i = 0; i < s->size; ++i)
-        t->x[s->index[i]] = max_of(t->x[s->index[i]] + length * t->q[i], 0.0);
-      t->x[s->index[leave]] = 0.0;
-      entered = length;
-      remove(s, leave);
-      d = project(*s, enter);
-      if (!independent(*s, d)) {
-        t->held[enter] = 1.0;
-        entered = -1.0;
-      }
+    const double d = project(*s, enter);
+    if (d < -smallest_pivot(*s, t->level)) {
+      // C is not known better than this.
+      t->level = -d;
+      if (t->level > kIndefinite) return End::kIndefinite;
+      continue;
     }
-    if (entered >= 0.0) {
-      t->x[enter] = entered;
-      append(s, enter, d);
-    }
-    for (;;) {
-      solve_on(*s, t->b, t->z);
-      if (entered == 0.0 && !(t->z[s->size - 1] > 0.0)) {
-        // Exactly solved it would be positive: what r shows is rounding.
-        remove(s, s->size - 1);
-        t->x[enter] = 0.0;
-        t->held[enter] = 1.0;
-        entered = -1.0;
-        continue;
-      }
-      double part = 1.0;
-      for (int i = 0; i < s->size; ++i) {
-        const double x = t->x[s->index[i]];
-        if (!(t->z[i] > 0.0)) part = x > 0.0 ? min_of(part, x / (x - t->z[i])) : 0.0;
-      }
-      if (!(part < 1.0)) {
-        bool all = true;
-        for (int i = 0; i < s->size; ++i) all &= t->z[i] > 0.0;
-        if (all) break;
-      }
-      for (int i = s->size - 1; i >= 0; --i) {
-        double* x = t->x + s->index[i];
-        const bool blocks = !(t->z[i] > 0.0) && !(*x > part * (*x - t->z[i]));
-        *x += part * (t->z[i] - *x);
-        if (!blocks && *x > 0.0) continue;
-        *x = 0.0;
-        remove(s, i);
-        // z keeps the order of the set.
-        for (int k = i; k < s->size; ++k) t->z[k] = t->z[k + 1];
-      }
-      entered = -1.0;
-      ++t->steps;
+    append(s, enter, max_of(d, smallest_pivot(*s, t->level)));
+    if (!move_inside(t)) {
+      remove(s, s->size - 1);
+      t->held[enter] = 1.0;
+      continue;
     }
     settle(t);
-    if (entered >= 0.0) {
-      for (int j = 0; j < s->n; ++j) t->held[j] = 0.0;
-    }
+    double gain = 0.0;
+    for (int i = 0; i < s->size; ++i) gain += t->z[i] * t->b[s->index[i]];
+    // Not falling any more: rounding.
+    if (!(gain > reached)) return End::kOptimal;
+    reached = gain;
+    for (int j = 0; j < s->n; ++j) t->held[j] = 0.0;
   }
   return End::kLimit;
 }

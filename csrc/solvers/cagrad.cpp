@@ -10,10 +10,13 @@
 namespace fastmto::solvers {
 namespace {
 
-constexpr double kAccepted = 1e-8;
+constexpr double kAccepted = 1e-10;
+constexpr int kMaxRoots = 100;
 
 struct Path {
+  Cone cone;
   ActiveSet set;
+  double reached;  // x'C x where the path ended
   double* s;
   double* beta;
   double* lift;   // in the order of the set
@@ -22,6 +25,7 @@ struct Path {
   double* slack;  // h, by task
   double* rate;   // dh/dm, by task
   double* q;      // in the order of the set
+  double* b;      // right-hand side of the cone: m s - beta
 };
 
 FASTMTO_INLINE double inner(const ActiveSet& set, const double* by_place, const double* by_task) {
@@ -30,27 +34,25 @@ FASTMTO_INLINE double inner(const ActiveSet& set, const double* by_place, const 
   return sum;
 }
 
-FASTMTO_INLINE void append_independent(ActiveSet* set, int j) {
-  const double d = project(*set, j);
-  if (independent(*set, d)) append(set, j, d);
-}
-
-// Follows the path from m to where x'C x = radius^2 or m = ceiling. Returns m; p.x is set.
-FASTMTO_INLINE double follow(const Path& path, ActiveSet* set, double m, double ceiling,
-                             double radius2, int limit, bool* reached, std::int32_t* steps) {
-  const Path& p = path;
+// Follows the path from m to where x'C x = radius^2, or m = ceiling, or x moves on only along
+// directions that C takes to 0: the sum of x beyond `most`. Returns m; p.x is set.
+FASTMTO_INLINE double follow(Path* path, ActiveSet* set, double m, double ceiling,
+                             double radius2, double most, int limit,
+                             std::int32_t* steps) {
+  const Path& p = *path;
   const int n = set->n;
   const int ld = set->ld;
-  *reached = false;
   int stalled = 0;  // changes of the set since m last moved
   int last = -1;    // task that left last
   for (;; ++*steps) {
     solve_on(*set, p.s, p.lift);
     solve_on(*set, p.beta, p.drop);
-    double mass = 0.0;
+    double mass = 0.0, growth = 0.0, total_x = 0.0;
     for (int i = 0; i < set->size; ++i) {
       p.x[i] = max_of(m * p.lift[i] - p.drop[i], 0.0);
       mass += std::fabs(p.lift[i]);
+      growth += p.lift[i];
+      total_x += p.x[i];
     }
     if (*steps >= limit) return m;
     for (int j = 0; j < ld; j += kLanes) {
@@ -64,9 +66,9 @@ FASTMTO_INLINE double follow(const Path& path, ActiveSet* set, double m, double 
     const double b = inner(*set, p.x, p.s);
     double now = m * b - inner(*set, p.x, p.beta);
     now = max_of(now, 0.0);
+    path->reached = now;
     const double missing = radius2 - now;
     if (!(missing > 0.0)) {
-      *reached = true;
       return m;
     }
     const double root = std::sqrt(b * b + a * missing);
@@ -96,11 +98,12 @@ FASTMTO_INLINE double follow(const Path& path, ActiveSet* set, double m, double 
         p.x[i] = max_of(ceiling * p.lift[i] - p.drop[i], 0.0);
       return ceiling;
     }
+    if (total_x + rise * growth > most) return m;
     stalled = rise > 0.0 ? 0 : stalled + 1;
     m += rise;
     if (enter < 0 && leave < 0) {
       for (int i = 0; i < set->size; ++i) p.x[i] = max_of(m * p.lift[i] - p.drop[i], 0.0);
-      *reached = true;
+      path->reached = radius2;
       return m;
     }
     if (enter < 0) {
@@ -110,7 +113,7 @@ FASTMTO_INLINE double follow(const Path& path, ActiveSet* set, double m, double 
     }
     last = -1;
     const double d = project(*set, enter);
-    if (independent(*set, d)) {
+    if (d > smallest_pivot(*set, kEps)) {
       append(set, enter, d);
       continue;
     }
@@ -129,9 +132,69 @@ FASTMTO_INLINE double follow(const Path& path, ActiveSet* set, double m, double 
     if (!(length < DBL_MAX)) return m;  // 0 is in the hull
     last = set->index[leave];
     remove(set, leave);
-    append_independent(set, enter);
+    const double again = project(*set, enter);
+    append(set, enter, max_of(again, smallest_pivot(*set, kEps)));
     ++stalled;
   }
+}
+
+// x in p.cone at m, with lift, drop and b of its set. Returns x'C x, or DBL_MAX where the sum of x
+// is beyond `most`.
+FASTMTO_INLINE double evaluate(Path* p, double m, double most, std::int32_t* steps) {
+  Cone* cone = &p->cone;
+  for (int j = 0; j < cone->set.ld; j += kLanes)
+    pack(p->b + j) = m * pack(p->s + j) - pack(p->beta + j);
+  const End end = minimise(cone);
+  *steps += cone->steps;
+  if (end != End::kOptimal || !(cone->x_sum <= most)) return DBL_MAX;
+  solve_on(cone->set, p->s, p->lift);
+  solve_on(cone->set, p->beta, p->drop);
+  return max_of(dot(cone->set.ld, p->b, cone->x), 0.0);
+}
+
+// The m of follow() between low, where x = 0, and high, from solutions at one m after the other by
+// Newton within a bracket: slower, and sure. Where the sum of x jumps beyond `most` before the
+// radius is reached it ends there.
+FASTMTO_INLINE double search(Path* p, double low, double high, double radius2, double most,
+                             std::int32_t* steps) {
+  const ActiveSet& set = p->cone.set;
+  double m = high;
+  double value = 0.0;
+  for (int k = 0; k < kMaxRoots; ++k) {
+    value = evaluate(p, m, most, steps);
+    if (value <= radius2) {
+      low = m;
+    } else {
+      high = m;
+    }
+    if (std::fabs(value - radius2) <= 4.0 * kEps * radius2 || low == high) break;
+    double next = DBL_MAX;
+    if (value < DBL_MAX) {
+      // The root of the segment that m is on.
+      const double a = inner(set, p->lift, p->s);
+      const double b = dot(set.ld, p->cone.x, p->s);
+      const double inside = b * b + a * (radius2 - value);
+      if (inside >= 0.0) next = m + (radius2 - value) / (std::sqrt(inside) + b);
+    }
+    if (!(next > low && next < high)) next = low + 0.5 * (high - low);
+    if (!(next > low && next < high)) break;
+    m = next;
+  }
+  if (m != low) evaluate(p, low, DBL_MAX, steps);
+  return low;
+}
+
+// Largest violation of the optimality conditions at m for x in p.cone, relative to eta and x.
+FASTMTO_INLINE double mismatch(const Path& p, const ActiveSet& set, double m, double scale) {
+  const double* x = p.cone.x;
+  transposed_product(set.n, set.ld, set.c, x, p.slack);
+  double worst = 0.0;
+  for (int j = 0; j < set.n; ++j) {
+    const double h = p.slack[j] + p.beta[j] - m * p.s[j];
+    if (p.s[j] > 0.0) worst = max_of(worst, x[j] > 0.0 ? std::fabs(h) : -h);
+    scale += x[j];
+  }
+  return worst / scale;
 }
 
 FASTMTO_INLINE Status cagrad_body(int n, const double* gram, double c, double* workspace,
@@ -143,7 +206,10 @@ FASTMTO_INLINE Status cagrad_body(int n, const double* gram, double c, double* w
   const Status status = take_apart(n, ld, gram, true, &t);
   if (status != Status::kSolved) return status;
   Path p;
+  p.b = arena.take(ld);
+  p.cone = carve_cone(n, ld, t.c, p.b, &arena);
   p.set = carve_active_set(n, ld, t.c, &arena);
+  p.reached = 0.0;
   double* eta = arena.take(ld);
   p.s = arena.take(ld);
   p.beta = arena.take(ld);
@@ -184,23 +250,24 @@ FASTMTO_INLINE Status cagrad_body(int n, const double* gram, double c, double* w
   }
   const double ceiling = t.zeros > 0 ? 0.0 : DBL_MAX;
   if (m >= ceiling) return Status::kSolved;
-  append_independent(&p.set, start);
-  bool reached = false;
-  m = follow(p, &p.set, m, ceiling, radius2, 20 * n + 100, &reached, &info->iterations);
-  for (int j = 0; j < ld; j += kLanes)
-    pack(p.slack + j) = pack(p.beta + j) - m * pack(p.s + j);
-  accumulate(p.set, p.x, 1.0, p.slack);
-  double scale = eta_sum, worst = 0.0;
-  for (int i = 0; i < p.set.size; ++i) scale += p.x[i];
-  for (int j = 0; j < n; ++j) {
-    const bool active = p.set.place[j] >= 0;
-    if (p.s[j] > 0.0) worst = max_of(worst, active ? std::fabs(p.slack[j]) : -p.slack[j]);
+  const double lowest = m;
+  append(&p.set, start, project(p.set, start));
+  // Beyond this sum of x, eps of it is as long as the radius: only the direction of rounding.
+  const double most = std::sqrt(radius2 / (16.0 * n * kEps));
+  m = follow(&p, &p.set, m, ceiling, radius2, most, 20 * n + 100, &info->iterations);
+  double* x = p.cone.x;
+  for (int j = 0; j < ld; ++j) x[j] = 0.0;
+  for (int i = 0; i < p.set.size; ++i) x[p.set.index[i]] = p.x[i];
+  double residual = mismatch(p, p.set, m, eta_sum);
+  const bool short_of_it = !(p.reached >= (1.0 - kAccepted) * radius2) && m < ceiling;
+  if (!(residual <= kAccepted) || short_of_it) {
+    // One task alone would reach the radius at `highest`, all together not later.
+    const double highest = min_of(ceiling, lowest + std::sqrt(radius2) / p.s[start]);
+    m = search(&p, lowest, highest, radius2, most, &info->iterations);
+    residual = mismatch(p, p.cone.set, m, eta_sum);
   }
-  info->residual = worst / scale;
-  for (int i = 0; i < p.set.size; ++i) {
-    const int j = p.set.index[i];
-    weights[j] = share * (1.0 + p.x[i] * (longest * t.s[j]));
-  }
+  info->residual = residual;
+  for (int j = 0; j < n; ++j) weights[j] = share * (1.0 + x[j] * (longest * t.s[j]));
   return Status::kSolved;
 }
 

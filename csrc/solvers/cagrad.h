@@ -29,7 +29,7 @@ namespace fastmto::solvers {
 
 constexpr std::size_t cagrad_workspace(int tasks) {
   const std::size_t t = static_cast<std::size_t>(tasks);
-  return (t + 7) / 8 * 8 * (2 * t + 18);
+  return (t + 7) / 8 * 8 * (3 * t + 27);
 }
 
 // gram (tasks, tasks) row-major; c >= 0. Returns kSolved, kNotFinite, kNotSymmetric, kNotPsd or

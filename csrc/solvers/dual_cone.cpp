@@ -15,8 +15,7 @@ FASTMTO_INLINE Status account(const Cone& cone, End end, double scale, Info* inf
   info->iterations += cone.steps;
   const double residual = violation(cone, scale);
   info->residual = max_of(info->residual, residual);
-  // Bounded for every positive semidefinite C: a ray is a direction of negative curvature.
-  if (end == End::kRay) return Status::kNotPsd;
+  if (end == End::kIndefinite) return Status::kNotPsd;
   return end == End::kLimit && !(residual <= kAccepted) ? Status::kMaxIterations : Status::kSolved;
 }
 

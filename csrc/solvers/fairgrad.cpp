@@ -9,7 +9,12 @@ namespace fastmto::solvers {
 namespace {
 
 constexpr double kTolerance = 1e-13;
-constexpr int kMaxNewton = 200;
+// Of a residual: larger ones are not accepted as rounding.
+constexpr double kRounded = 1e-2;
+// Of all relative changes of y in a Newton step.
+constexpr double kSmallStep = 1e-11;
+constexpr int kMaxBlind = 8;
+constexpr int kMaxNewton = 100;
 constexpr int kMaxLineSearch = 60;
 
 // Minimiser of the convex objective along y (1 + t z), whose slope is
@@ -69,6 +74,7 @@ FASTMTO_INLINE Status fairgrad_body(int n, const double* gram, double alpha, dou
     if (!(p[i] >= DBL_MIN && p[i] <= DBL_MAX)) return Status::kMaxIterations;
   }
   for (int i = n; i < ld; ++i) p[i] = y[i] = w[i] = pi[i] = z[i] = 0.0;
+  int blind_steps = 0;
   for (int k = 0;; ++k) {
     transposed_product(n, ld, t.c, y, w);
     double q = 0.0, whole = 0.0, y_sum = 0.0;
@@ -108,11 +114,12 @@ FASTMTO_INLINE Status fairgrad_body(int n, const double* gram, double alpha, dou
       info->residual = info->kappa = 0.0;
       return Status::kMaxIterations;
     }
-    if (residual <= max_of(kTolerance, 4.0 * kEps * kappa)) {
-      if (8.0 * kEps * kappa > 1.0) return Status::kNearStationary;
-      break;
-    }
-    if (k == kMaxNewton) return Status::kMaxIterations;
+    const double rounding = 4.0 * kEps * kappa;
+    if (residual <= max_of(kTolerance, min_of(rounding, kRounded))) break;
+    // Rounding of w hides the rest of the way, if it does not end by the steps.
+    const bool blind = residual <= rounding;
+    if (blind && ++blind_steps > kMaxBlind) return Status::kNearStationary;
+    if (k == kMaxNewton) return rounding > kRounded ? Status::kNearStationary : Status::kMaxIterations;
     for (int i = 0; i < n; ++i) {
       const double* c = t.c + static_cast<std::ptrdiff_t>(i) * ld;
       double* row = a + static_cast<std::ptrdiff_t>(i) * ld;
@@ -120,7 +127,8 @@ FASTMTO_INLINE Status fairgrad_body(int n, const double* gram, double alpha, dou
         pack(row + j) = y[i] * pack(c + j) * pack(y + j);
       row[i] += r * pi[i];
     }
-    if (!factor<4>(n, ld, a, inverse)) return Status::kNotPsd;
+    if (!factor<4>(n, ld, a, inverse))
+      return rounding > kRounded ? Status::kNearStationary : Status::kNotPsd;
     solve(n, ld, a, inverse, z);
     double z_min = 0.0, z_max = 0.0, decrement = 0.0, spread = 0.0, beta = 0.0;
     for (int i = 0; i < n; ++i) {
@@ -130,9 +138,14 @@ FASTMTO_INLINE Status fairgrad_body(int n, const double* gram, double alpha, dou
       spread += r * pi[i] * z[i] * z[i];
       beta += z[i] * w[i];
     }
+    // Where w is known less well than pi only the step tells.
+    if (z_max < kSmallStep && z_min > -kSmallStep) break;
     double step = 1.0;
-    if (!(z_min > -0.1 && z_max < 0.1)) {
-      if (!(decrement > 0.0)) return Status::kNotPsd;
+    if (blind) {
+      if (!(z_min > -0.5)) return Status::kNearStationary;
+    } else if (!(z_min > -0.1 && z_max < 0.1)) {
+      if (!(decrement > 0.0))
+        return rounding > kRounded ? Status::kNearStationary : Status::kNotPsd;
       step = line_search(n, r, pi, z, z_min, decrement - spread, beta, decrement);
     }
     for (int i = 0; i < n; ++i) y[i] *= 1.0 + step * z[i];

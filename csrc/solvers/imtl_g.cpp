@@ -8,15 +8,12 @@
 namespace fastmto::solvers {
 namespace {
 
-// A pivot this far below 0 is not rounding, not even that of a float32 Gram matrix.
-constexpr double kIndefinite = 1e-3;
-
 // What keeps C from being factored.
 FASTMTO_INLINE Status why(ActiveSet* set) {
   for (int j = 0; j < set->n; ++j) {
     const double d = project(*set, j);
     if (d < -kIndefinite) return Status::kNotPsd;
-    if (independent(*set, d)) append(set, j, d);
+    if (d > smallest_pivot(*set, kEps)) append(set, j, d);
   }
   return Status::kSingular;
 }
@@ -49,7 +46,7 @@ FASTMTO_INLINE Status imtl_g_body(int n, const double* gram, double* workspace, 
     for (int j = i / kLanes * kLanes; j < ld; j += kLanes) pack(to + j) = pack(from + j);
   }
   bool good = factor<4>(n, ld, set.a, set.inverse);
-  for (int i = 0; good && i < n; ++i) good = set.inverse[i] * (kDependent * (i + 1)) < 1.0;
+  for (int i = 0; good && i < n; ++i) good = set.inverse[i] * (kDependent * kEps * (i + 1)) < 1.0;
   if (!good) return why(&set);
   for (int i = 0; i < ld; ++i) v[i] = i < n ? 1.0 : 0.0;
   solve(n, ld, set.a, set.inverse, v);

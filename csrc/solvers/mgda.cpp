@@ -58,14 +58,7 @@ FASTMTO_INLINE Status mgda_body(int n, const double* gram, double* workspace, do
   Cone cone = carve_cone(n, ld, t.c, b, &arena);
   const End end = minimise(&cone);
   info->iterations = cone.steps;
-  if (end == End::kRay) {
-    // The least norm is 0: (G w)_i >= 0.
-    transposed_product(n, ld, t.c, cone.x, cone.r);
-    for (int i = 0; i < n; ++i) {
-      cone.r[i] = -cone.r[i];
-      cone.x_sum = i == 0 ? cone.x[0] : cone.x_sum + cone.x[i];
-    }
-  }
+  if (end == End::kIndefinite) return Status::kNotPsd;
   info->residual = violation(cone, 0.0);
   if (end == End::kLimit && !(info->residual <= kAccepted)) return Status::kMaxIterations;
   double whole = 0.0;

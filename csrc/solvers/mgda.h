@@ -9,7 +9,8 @@
 //
 // which is unbounded exactly where 0 is in the hull; the direction of descent then is the answer,
 // as in Wolfe's (1976) method for (1), whose active sets these are. So lengths of any spread cost
-// no accuracy. The minimiser need not be unique (equal gradients); the point G w is.
+// no accuracy: w'G w is within rounding, eps (sum_i w_i |g_i|)^2, of the minimum. The minimiser
+// need not be unique (equal gradients); the point G w is.
 //
 // A zero gradient is the point of least norm: weight 1, shared equally if there are several.
 //
