@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from problems import gradients, linear_loss, net, parameters
 from torch import Tensor, nn
 
 import fastmto
+from fastmto import reference_gradients as reference
 from fastmto.balancers.gradient_balancer import GradientBalancer
 from fastmto.errors import NonFiniteError, SolverError
+from fastmto.flat import FlatLayout
 
 T = 3
 #: Methods whose joint gradient is sum_i weights_i g_i.
@@ -816,3 +820,89 @@ def test_pub_wants_the_same_parameters_at_every_call():
         call(balancer, other, x)
     with pytest.raises(ValueError, match="task_specific_parameters must be given"):
         call(fastmto.get("pub"), model, x, task_specific_parameters=None)
+
+
+def flat_grads(model) -> np.ndarray:
+    return torch.cat([p.grad.flatten() for p in model.trunk.parameters()]).numpy()
+
+
+REFERENCES = {
+    "mgda": reference.mgda,
+    "cagrad": lambda g: reference.cagrad(g, 0.4, 1),
+    "imtl_g": reference.imtl_g,
+    "nashmtl": lambda g: reference.nash(g, 1.0),
+    "upgrad": reference.upgrad,
+    "dualproj": reference.dual_proj,
+    "fairgrad": reference.fairgrad,
+    "aligned_mtl": reference.aligned_mtl,
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_the_joint_gradient_is_the_papers(name):
+    """From losses to `.grad`, beside the paper's equations on explicit gradients."""
+    model = model_of()
+    balancer = fastmto.get(name)
+    for seed in range(3):
+        model.zero_grad()
+        call(balancer, model, data(seed))
+        rows = torch.stack(
+            [torch.cat([g.flatten() for g in gs]) for gs in explicit(model, data(seed))]
+        )
+        expected = REFERENCES[name](rows.numpy())
+        np.testing.assert_allclose(flat_grads(model), expected, rtol=1e-7, atol=1e-9)
+
+
+def test_pcgrad_is_the_papers_in_some_order():
+    model, x = model_of(), data()
+    call(fastmto.get("pcgrad", seed=3), model, x)
+    rows = torch.stack([torch.cat([g.flatten() for g in gs]) for gs in explicit(model, x)]).numpy()
+    others = [[j for j in range(T) if j != i] for i in range(T)]
+    orders = itertools.product(*(itertools.permutations(o) for o in others))
+    distances = [np.abs(reference.pcgrad(rows, o) - flat_grads(model)).max() for o in orders]
+    assert min(distances) < 1e-12
+
+
+@pytest.mark.parametrize("leak", [None, [0.0, 0.3, 1.0]])
+def test_graddrop_is_the_papers(leak):
+    model, x = model_of(), data()
+    balancer = fastmto.get("graddrop", seed=5, leak=leak)
+    for step in range(3):
+        model.zero_grad()
+        call(balancer, model, x)
+        shared = list(model.trunk.parameters())
+        rows = [torch.cat([g.flatten() for g in gs]).numpy() for gs in explicit(model, x)]
+        # The random numbers are drawn for the places between parameters as well.
+        generator = torch.Generator().manual_seed(5)
+        layout = FlatLayout(shared)
+        for _ in range(step + 1):
+            uniforms = torch.rand(len(layout), dtype=torch.float64, generator=generator)
+        drawn = torch.cat([u.flatten() for u in layout.views(uniforms)]).numpy()
+        expected = reference.graddrop(
+            np.stack(rows), drawn, 0.0 if leak is None else np.array(leak)
+        )
+        np.testing.assert_allclose(flat_grads(model), expected, rtol=1e-12, atol=1e-15)
+    kept = sum((flat_grads(model) == row).sum() for row in rows)
+    if leak is None:
+        assert kept > 0  # some coordinates hold one task's gradient alone
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_db_mtl_is_the_papers(decay):
+    model = model_of()
+    balancer = fastmto.get("db_mtl", beta=0.9, decay=decay)
+    average = np.zeros((T, sum(p.numel() for p in model.trunk.parameters())))
+    for step in range(1, 6):
+        model.zero_grad()
+        x = data(step)
+        losses = torch.stack(model.losses(x)).detach().numpy()
+        call(balancer, model, x)
+        rows = [torch.cat([g.flatten() for g in gs]).numpy() for gs in explicit(model, x)]
+        expected, average = reference.db_mtl(
+            np.stack(rows), losses, average, 0.9 / step**decay, eps=0.0
+        )
+        np.testing.assert_allclose(flat_grads(model), expected, rtol=1e-10, atol=1e-13)
+        for loss, head, own in zip(
+            losses, model.head_parameters(), own_heads(model, x), strict=True
+        ):
+            close(grads(head), [g / loss for g in own])

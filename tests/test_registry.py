@@ -8,33 +8,13 @@ import fastmto
 from fastmto import balancers
 from fastmto.registry import METHODS, method
 
+# fmt: off
 KEYS = [
-    "ls",
-    "si",
-    "rlw",
-    "dwa",
-    "uncertainty",
-    "banditmtl",
-    "imtl_l",
-    "gradnorm",
-    "famo",
-    "ldc_mtl",
-    "mgda",
-    "mgda_ub",
-    "pcgrad",
-    "graddrop",
-    "cagrad",
-    "imtl_g",
-    "imtl",
-    "nashmtl",
-    "upgrad",
-    "dualproj",
-    "fairgrad",
-    "aligned_mtl",
-    "db_mtl",
-    "pub",
-    "marigold",
+    "ls", "si", "rlw", "dwa", "uncertainty", "banditmtl", "imtl_l", "gradnorm", "famo", "ldc_mtl",
+    "mgda", "mgda_ub", "pcgrad", "graddrop", "cagrad", "imtl_g", "imtl", "nashmtl", "upgrad",
+    "dualproj", "fairgrad", "aligned_mtl", "db_mtl", "pub", "marigold",
 ]
+# fmt: on
 
 
 def test_every_method_is_there_once():
