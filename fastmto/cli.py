@@ -10,24 +10,33 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .registry import available
+
 if TYPE_CHECKING:
     import torch
 
+    from .compare import Compared
     from .data.base import MultiTaskData
-    from .models.base import MultiTaskModel
+    from .experiment import Experiment
+    from .toy import Row
     from .train import TrainResult
 
-BALANCERS = ("equal", "pub", "pub_clippy", "pub_adatask", "adatask", "clippy")
+#: What `train` and `compare` know: plain training, every method, and variants of PUB.
+BALANCERS = ("equal", *available(), "pub_clippy", "pub_adatask", "adatask", "clippy")
 MODELS = ("shared_bottom", "mmoe")
 #: Packages of the extra "train", by the data that need them.
-EXTRAS = {"digits": ("sklearn", "matplotlib", "tqdm"), "census": ("matplotlib", "tqdm")}
+EXTRAS = {
+    "digits": ("sklearn", "matplotlib", "tqdm"),
+    "census": ("matplotlib", "tqdm"),
+    "toy": ("matplotlib", "tqdm"),
+}
 
 
 @dataclass(frozen=True)
@@ -116,33 +125,38 @@ def _positive_float(text: str) -> float:
     return value
 
 
-def _parser() -> tuple[_Parser, _Parser]:
-    """The parser of the command and that of its verb `train`."""
-    parser = _Parser(prog="fastmto", description="Fast, exact multi-task optimization.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train}")
-    train = verbs.add_parser(
-        "train",
-        help="train a multi-task model with several balancers and compare them",
-        description="Trains the same model from the same start with each balancer in turn, then "
-        "prints a table and writes a picture. Without arguments: embedded digits, under a minute.",
-    )
-    add = train.add_argument
+def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """Reads "a,b,c", or "all" for all that are known."""
+
+    def names(text: str) -> list[str]:
+        if text == "all":
+            return list(known)
+        found = [name.strip() for name in text.split(",")]
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(
+                    f"invalid choice: {name!r} (all, or names from {', '.join(known)} with commas "
+                    "between)"
+                )
+        if len(set(found)) < len(found):
+            raise argparse.ArgumentTypeError(f"named twice in {text}")
+        return found
+
+    return names
+
+
+def _add_experiment(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is trained, common to `train` and `compare`."""
+    add = parser.add_argument
     add("--data", choices=tuple(DEFAULTS), default="digits", help="data set (default: digits)")
     add("--root", type=Path, metavar="DIR", help="folder of the data's files; census needs it")
     add("--model", choices=MODELS, help="default: shared_bottom for digits, mmoe for census")
     add(
-        "--balancer",
-        nargs="+",
-        choices=BALANCERS,
-        default=["equal", "pub"],
-        help="one or more, compared in this order (default: equal pub)",
-    )
-    add(
         "--update-weights-every",
         type=_positive_int,
-        default=10,
         metavar="N",
-        help="steps between two searches of task weights (default: 10)",
+        help="steps between two searches of task weights (default: 1 for methods that look at the "
+        "losses alone, 10 for those that need a backward pass a task)",
     )
     add("--epochs", type=_positive_int, metavar="N", help="default: 10 for digits, 3 for census")
     add(
@@ -152,17 +166,101 @@ def _parser() -> tuple[_Parser, _Parser]:
         help="default: 256 for digits, 1024 for census",
     )
     add("--lr", type=_positive_float, help="learning rate (default: 1e-3)")
-    add("--seed", type=_seed, default=0, help="of the model, the batches and the digits' pairs")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+
+
+def _add_outputs(parser: argparse.ArgumentParser, picture: str) -> None:
+    add = parser.add_argument
     add("--json", type=Path, metavar="FILE", help="also write everything measured to FILE")
     add(
         "--plot",
         type=Path,
         metavar="FILE",
-        default=Path("fastmto-train.png"),
-        help="the picture (default: fastmto-train.png)",
+        default=Path(picture),
+        help=f"the picture (default: {picture})",
     )
-    return parser, train
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser of the command and those of its verbs."""
+    parser = _Parser(prog="fastmto", description="Fast, exact multi-task optimization.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,compare,toy}")
+    kept = "Ctrl-C keeps what is finished: table, picture and JSON of the runs so far are written."
+
+    train = verbs.add_parser(
+        "train",
+        help="train a multi-task model with several balancers and look at the runs",
+        description="Trains the same model from the same start with each balancer in turn, then "
+        "prints a table and writes a picture. Without arguments: embedded digits, under a minute. "
+        + kept,
+        epilog="balancers: " + ", ".join(BALANCERS),
+    )
+    train.add_argument(
+        "--balancer",
+        nargs="+",
+        choices=BALANCERS,
+        default=["equal", "pub"],
+        metavar="NAME",
+        help="one or more of those below, compared in this order (default: equal pub)",
+    )
+    _add_experiment(train)
+    train.add_argument(
+        "--seed", type=_seed, default=0, help="of the model, the batches and the digits' pairs"
+    )
+    _add_outputs(train, "fastmto-train.png")
+
+    compare = verbs.add_parser(
+        "compare",
+        help="compare balancers over several seeds: metrics, step time, memory",
+        description="Trains with each balancer and each seed, every balancer in a process of its "
+        "own, then prints one table (test metric mean and standard deviation of each task, step "
+        "time relative to equal weighting in the same run, peak memory) and draws it. " + kept,
+        epilog="balancers: " + ", ".join(BALANCERS),
+    )
+    compare.add_argument(
+        "--balancers",
+        type=_names(BALANCERS),
+        default=["equal", "famo", "nashmtl", "pub"],
+        metavar="A,B,...",
+        help="names of those below, or all (default: equal,famo,nashmtl,pub)",
+    )
+    compare.add_argument(
+        "--seeds",
+        type=_positive_int,
+        default=3,
+        metavar="N",
+        help="runs a balancer, with seeds 0 to N-1 (default: 3)",
+    )
+    _add_experiment(compare)
+    _add_outputs(compare, "fastmto-compare.png")
+
+    toy = verbs.add_parser(
+        "toy",
+        help="run the two-task toy problem of the literature with every method",
+        description="Descends with each method from the five starts of the toy problem of CAGrad, "
+        "Nash-MTL and FAMO, in parallel processes, then prints the final losses and draws the "
+        "ways beside the Pareto front. " + kept,
+        epilog="methods: " + ", ".join(available()),
+    )
+    add = toy.add_argument
+    add(
+        "--balancers",
+        type=_names(available()),
+        default=available(),
+        metavar="A,B,...",
+        help="names of those below, or all (default: all)",
+    )
+    add("--s", type=_positive_float, default=0.1, help="factor of the first task (default: 0.1)")
+    add("--lr", type=_positive_float, default=1e-3, help="learning rate (default: 1e-3)")
+    add("--steps", type=_positive_int, default=50_000, metavar="N", help="default: 50000")
+    add(
+        "--processes",
+        type=_positive_int,
+        metavar="N",
+        help="runs at a time (default: one a processor)",
+    )
+    _add_outputs(toy, "fastmto-toy.png")
+    return parser, {"train": train, "compare": compare, "toy": toy}
 
 
 def _check_output(parser: _Parser, option: str, path: Path) -> None:
@@ -175,10 +273,22 @@ def _check_output(parser: _Parser, option: str, path: Path) -> None:
         parser.error(f"argument {option}: {path} cannot be written")
 
 
-def _check_extras(parser: _Parser, data: str) -> None:
-    missing = [name for name in EXTRAS[data] if importlib.util.find_spec(name) is None]
+def _check(parser: _Parser, options: argparse.Namespace, needs: str) -> None:
+    """Ends in an error where what comes out could not be written, or a package is missing."""
+    for option, path in (("--json", options.json), ("--plot", options.plot)):
+        if path is not None:
+            _check_output(parser, option, path)
+    missing = [name for name in EXTRAS[needs] if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(f'{", ".join(missing)} not installed: pip install "fastmto[train]"')
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if options.plot.suffix[1:].lower() not in formats:
+        parser.error(
+            f"argument --plot: the name must end in one of {', '.join(sorted(formats))}, got "
+            f"{str(options.plot)!r}"
+        )
 
 
 def _device(parser: _Parser, name: str) -> torch.device:
@@ -196,13 +306,13 @@ def _device(parser: _Parser, name: str) -> torch.device:
     return device
 
 
-def _load(parser: _Parser, options: argparse.Namespace) -> MultiTaskData:
+def _load(parser: _Parser, options: argparse.Namespace, seed: int) -> MultiTaskData:
     from .data import load_census, load_digits
 
     if options.data == "digits":
         if options.root is not None:
             parser.error("argument --root: digits are embedded and read no files")
-        return load_digits(options.seed)
+        return load_digits(seed)
     if options.root is None:
         from .data.census import SOURCE
 
@@ -213,17 +323,46 @@ def _load(parser: _Parser, options: argparse.Namespace) -> MultiTaskData:
         parser.error(str(error))
 
 
-def _build(name: str, data: MultiTaskData, sizes: dict[str, Any]) -> MultiTaskModel:
-    from .models import MMOE, SharedBottom
+def _experiment(options: argparse.Namespace) -> Experiment:
+    from .experiment import Experiment
 
-    n_outputs = [task.n_outputs for task in data.tasks]
-    if name == "mmoe":
-        return MMOE(data.n_dense, data.field_sizes, n_outputs, **sizes)
-    return SharedBottom(data.n_dense, data.field_sizes, n_outputs, **sizes)
+    defaults = DEFAULTS[options.data]
+    model = options.model or defaults.model
+    return Experiment(
+        data=options.data,
+        model=model,
+        sizes=defaults.sizes[model],
+        epochs=options.epochs or defaults.epochs,
+        batch_size=options.batch_size or defaults.batch_size,
+        lr=options.lr or defaults.lr,
+        weight_decay=defaults.weight_decay,
+        update_weights_every=options.update_weights_every,
+    )
 
 
-def _table(results: Sequence[TrainResult]) -> str:
+def _bar(total: int, unit: str) -> Any:
+    from tqdm import tqdm
+
+    # In a log file every redrawing of the bar is another line.
+    interval = 0.2 if sys.stderr.isatty() else 5.0
+    return tqdm(total=total, unit=unit, mininterval=interval)
+
+
+def _write_json(path: Path | None, report: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def _say_files(options: argparse.Namespace) -> None:
+    print(f"picture: {options.plot}")
+    if options.json is not None:
+        print(f"figures: {options.json}")
+
+
+def _train_table(results: Sequence[TrainResult]) -> str:
     """The comparison as text: test metrics after the last epoch and the cost of a step."""
+    from .compare import columns
+
     tasks = results[0].tasks
     baseline = next((result for result in results if result.name == "equal"), None)
     head = ["balancer", *(f"{task.name} {task.metric}" for task in tasks), "mean"]
@@ -241,137 +380,231 @@ def _table(results: Sequence[TrainResult]) -> str:
                 share,
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return columns(rows)
 
 
-FOOTNOTE = """\
+TRAIN_FOOTNOTE = """\
 * share of a step beyond what equal weighting pays: one forward, one backward of the summed loss
   and one step of torch's fused Adam, timed beside the same run; "ms a step" and this share are
   of undisturbed steps (lower quartiles), "total s" is the sum of all steps"""
 
+COMPARE_FOOTNOTE = """\
+*  step time over that of equal weighting, timed beside the same run; of undisturbed steps (lower
+   quartiles), mean over the seeds
+** {memory}"""
 
-def _environment() -> dict[str, Any]:
-    import numpy as np
-    import torch
+MEMORY = {
+    "cpu": "largest resident set of the balancer's own process in its first steps, with Python and "
+    "torch\n   in it: the difference to equal weighting is the method's",
+    "cuda": "the most that torch's allocator gave out in the first steps, model and data included",
+}
 
-    from . import __version__
-
-    return {
-        "fastmto": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "threads": torch.get_num_threads(),
-    }
+TOY_FOOTNOTE = """\
+*  processor time a step, forward and Adam included
+** largest difference in f1 and f2 to FAMO's released code at these settings, where it has the
+   method; from C, LS and CAGrad are left out"""
 
 
-def _train(parser: _Parser, options: argparse.Namespace) -> None:
+def _train(parser: _Parser, options: argparse.Namespace) -> int:
     """`fastmto train`: load, train with each balancer, table, picture, JSON."""
-    defaults = DEFAULTS[options.data]
-    for option, path in (("--json", options.json), ("--plot", options.plot)):
-        if path is not None:
-            _check_output(parser, option, path)
     if len(set(options.balancer)) < len(options.balancer):
         parser.error(f"argument --balancer: named twice in {' '.join(options.balancer)}")
-    _check_extras(parser, options.data)
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if options.plot.suffix[1:].lower() not in formats:
-        parser.error(
-            f"argument --plot: the name must end in one of {', '.join(sorted(formats))}, got "
-            f"{str(options.plot)!r}"
-        )
+    _check(parser, options, options.data)
 
     import torch
-    from tqdm import tqdm
 
-    from .models.base import count
+    from .experiment import environment
     from .plot import save_plot
-    from .train import as_json, balancer, train
+    from .train import as_json
 
     device = _device(parser, options.device)
-    if defaults.threads is not None:
-        torch.set_num_threads(defaults.threads)
-    data = _load(parser, options).to(device)
-    name = options.model or defaults.model
-    sizes = defaults.sizes[name]
-    epochs = options.epochs or defaults.epochs
-    batch_size = options.batch_size or defaults.batch_size
-    lr = options.lr or defaults.lr
-
-    # In a log file every redrawing of the bar is another line.
-    interval = 0.2 if sys.stderr.isatty() else 5.0
-    results = []
-    shared = total = 0
-    for balancer_name in options.balancer:
-        torch.manual_seed(options.seed)
-        model = _build(name, data, sizes).to(device)
-        shared, total = count(model.shared_parameters()), count(model.parameters())
-        n_steps = epochs * -(-len(data.train) // batch_size)
-        with tqdm(total=n_steps, desc=balancer_name, unit="step", mininterval=interval) as bar:
+    threads = DEFAULTS[options.data].threads
+    if threads is not None:
+        torch.set_num_threads(threads)
+    data = _load(parser, options, options.seed).to(device)
+    experiment = _experiment(options)
+    title = experiment.title(data)
+    results: list[TrainResult] = []
+    ended: BaseException | None = None
+    for name in options.balancer:
+        with _bar(experiment.n_steps(data), "step") as bar:
+            bar.set_description(name)
 
             def advance(losses: torch.Tensor, bar: Any = bar) -> None:
                 if bar.update():  # true when the bar was redrawn, a few times a second
                     bar.set_postfix_str(" ".join(f"{x:.3f}" for x in losses.tolist()))
 
-            results.append(
-                train(
-                    model,
-                    data,
-                    balancer(
-                        balancer_name,
-                        lr=lr,
-                        weight_decay=defaults.weight_decay,
-                        update_weights_every=options.update_weights_every,
-                    ),
-                    epochs=epochs,
-                    batch_size=batch_size,
-                    seed=options.seed,
-                    name=balancer_name,
-                    on_step=advance,
-                )
-            )
+            try:
+                results.append(experiment.train(data, name, options.seed, advance))
+            except (KeyboardInterrupt, ValueError, RuntimeError) as error:
+                ended = error
+                break
 
-    title = (
-        f"{data.name}, {name}: {total:,} parameters, {shared:,} of them shared; "
-        f"{epochs} epochs of {len(data.train):,} rows, batch {batch_size}"
-    )
-    print(f"\n{title}\ntest part, after the last epoch:\n\n{_table(results)}\n{FOOTNOTE}\n")
-    save_plot(results, title, options.plot)
-    print(f"picture: {options.plot}")
-    if options.json is not None:
+    if results:
+        print(
+            f"\n{title}\ntest part, after the last epoch:\n\n{_train_table(results)}\n"
+            f"{TRAIN_FOOTNOTE}\n"
+        )
+        save_plot(results, title, options.plot)
         report = {
             "config": {
-                "data": data.name,
-                "model": name,
-                "sizes": sizes,
-                "parameters": total,
-                "shared_parameters": shared,
+                **experiment.as_json(data),
                 "balancers": options.balancer,
-                "update_weights_every": options.update_weights_every,
-                "epochs": epochs,
-                "batch_size": batch_size,
-                "lr": lr,
-                "weight_decay": defaults.weight_decay,
                 "seed": options.seed,
-                "device": str(device),
-                "rows": {
-                    part: len(getattr(data, part)) for part in ("train", "validation", "test")
-                },
-                "tasks": {task.name: task.metric for task in data.tasks},
             },
-            "versions": _environment(),
+            "versions": environment(),
             "runs": [as_json(result) for result in results],
         }
-        options.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        print(f"figures: {options.json}")
+        _write_json(options.json, report)
+        _say_files(options)
+    if ended is None:
+        return 0
+    left = f"{len(results)} of {len(options.balancer)} runs finished"
+    if isinstance(ended, KeyboardInterrupt):
+        print(f"interrupted: {left}", file=sys.stderr)
+        return 130
+    print(f"{parser.prog}: error: {name}: {ended}; {left}", file=sys.stderr)
+    return 1
+
+
+def _compare(parser: _Parser, options: argparse.Namespace) -> int:
+    """`fastmto compare`: every balancer with every seed, table, picture, JSON."""
+    _check(parser, options, options.data)
+
+    import torch
+
+    from .compare import compare, save_data, table
+    from .experiment import environment
+    from .plot import save_comparison
+
+    device = _device(parser, options.device)
+    threads = DEFAULTS[options.data].threads
+    experiment = _experiment(options)
+    seeds = range(options.seeds)
+    rows: list[Compared] = []
+    interrupted = False
+    with tempfile.TemporaryDirectory(prefix="fastmto-") as folder:
+        # Digits are paired by the seed, a file's rows are always the same.
+        n_files = options.seeds if options.data == "digits" else 1
+        files = []
+        for number in range(n_files):
+            data = _load(parser, options, number)
+            files.append(Path(folder, f"{number}.pt"))
+            save_data(data, files[-1])
+        if threads is not None:
+            torch.set_num_threads(threads)
+        title = f"{experiment.title(data)}; {options.seeds} seeds"
+        report: dict[str, Any] = {
+            "config": {
+                **experiment.as_json(data),
+                "balancers": options.balancers,
+                "seeds": list(seeds),
+                "device": str(device),
+            },
+            "versions": environment(),
+        }
+        n_steps = experiment.n_steps(data)
+
+        def keep(so_far: list[Compared]) -> None:
+            rows[:] = so_far
+            _write_json(options.json, {**report, "balancers": [row.as_json() for row in so_far]})
+
+        with _bar(len(options.balancers) * options.seeds * n_steps, "step") as bar:
+
+            def advance(name: str, steps: int) -> None:
+                before = options.balancers.index(name) * options.seeds * n_steps
+                bar.set_description(name, refresh=False)
+                bar.update(before + steps - bar.n)
+
+            try:
+                compare(
+                    experiment,
+                    options.balancers,
+                    {seed: files[min(seed, n_files - 1)] for seed in seeds},
+                    str(device),
+                    threads,
+                    advance,
+                    keep,
+                )
+            except KeyboardInterrupt:
+                interrupted = True
+
+    rows = [row for row in rows if row.results or row.failure]
+    if any(row.results for row in rows):
+        footnote = COMPARE_FOOTNOTE.format(memory=MEMORY[device.type])
+        print(f"\n{title}\ntest part, after the last epoch:\n\n{table(rows)}\n{footnote}\n")
+        save_comparison(rows, title, options.plot)
+        _say_files(options)
+    return _end(
+        parser,
+        interrupted,
+        f"{sum(len(row.results) for row in rows)} of {len(options.balancers) * options.seeds} runs",
+        {row.name: row.failure for row in rows if row.failure},
+    )
+
+
+def _toy(parser: _Parser, options: argparse.Namespace) -> int:
+    """`fastmto toy`: every method from every start, table, picture, JSON."""
+    _check(parser, options, "toy")
+
+    from . import toy
+    from .experiment import environment
+    from .plot import save_toy
+
+    rows: list[Row] = []
+    interrupted = False
+    n_runs = len(options.balancers) * len(toy.STARTS)
+    report = {
+        "config": {name: getattr(options, name) for name in ("balancers", "s", "lr", "steps")},
+        "versions": environment(),
+    }
+
+    def keep(so_far: list[Row]) -> None:
+        rows[:] = so_far
+        _write_json(options.json, {**report, "methods": [row.as_json() for row in so_far]})
+
+    with _bar(n_runs * options.steps, "step") as bar:
+        try:
+            toy.run_all(
+                options.balancers,
+                options.s,
+                options.lr,
+                options.steps,
+                options.processes or toy.processors(),
+                lambda steps: bar.update(steps - bar.n),
+                keep,
+            )
+        except KeyboardInterrupt:
+            interrupted = True
+
+    finished = sum(len(row.runs) for row in rows)
+    if finished:
+        title = (
+            f"toy problem, s = {options.s:g}: {options.steps:,} steps of Adam with lr "
+            f"{options.lr:g}, float64"
+        )
+        reference = toy.is_reference(options.s, options.lr, options.steps)
+        text = toy.table(rows, reference)
+        footnote = TOY_FOOTNOTE if reference else TOY_FOOTNOTE.splitlines()[0]
+        print(f"\n{title}\nfinal f1, f2 from the five starts:\n\n{text}\n{footnote}\n")
+        save_toy(rows, options.s, title, options.plot)
+        _say_files(options)
+    return _end(
+        parser,
+        interrupted,
+        f"{finished} of {n_runs} runs",
+        {row.name: row.failure for row in rows if row.failure},
+    )
+
+
+def _end(parser: _Parser, interrupted: bool, runs: str, failures: dict[str, str]) -> int:
+    """Say on stderr what is missing; returns the exit status."""
+    for name, failure in failures.items():
+        print(f"{parser.prog}: error: {name}: {failure}", file=sys.stderr)
+    if interrupted:
+        print(f"interrupted: {runs} finished", file=sys.stderr)
+        return 130
+    return 1 if failures else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -381,13 +614,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those after the command's name; None takes the process's.
 
     Returns:
-        0; mistakes leave by `SystemExit` with status 2, an interrupt by 130.
+        0; 1 where a method failed, 130 after Ctrl-C, in both cases with what is finished
+        written. Mistakes leave by `SystemExit` with status 2.
     """
-    parser, train_parser = _parser()
+    parser, verbs = _parser()
     options = parser.parse_args(arguments)
+    verb = {"train": _train, "compare": _compare, "toy": _toy}[options.verb]
     try:
-        _train(train_parser, options)
-    except KeyboardInterrupt:
+        return verb(verbs[options.verb], options)
+    except KeyboardInterrupt:  # before the first run, or after the last
         print("interrupted", file=sys.stderr)
         return 130
-    return 0

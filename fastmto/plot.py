@@ -1,4 +1,4 @@
-"""One picture of a comparison: losses, task weights and test metrics over time."""
+"""The pictures of the commands: runs over time, balancers beside each other, ways on the toy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from .compare import Compared
+from .toy import FRONT, STARTS, Row, losses
 from .train import Floats, TrainResult
 
 #: A colour a balancer, from the Okabe-Ito palette (told apart by colour-blind readers too).
@@ -102,4 +105,111 @@ def save_plot(results: Sequence[TrainResult], title: str, path: str | Path) -> N
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def save_comparison(compared: Sequence[Compared], title: str, path: str | Path) -> None:
+    """Draws one comparison over seeds and writes the picture.
+
+    A panel a task with every seed's test metric, their mean and standard deviation; then step
+    time over equal weighting and peak memory. A line a balancer.
+
+    Args:
+        compared: at least one of them with runs.
+        title: of the picture.
+        path: where to; its suffix decides the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    from .compare import spread
+
+    rows = [own for own in compared if own.results]
+    tasks = rows[0].results[0].tasks
+    n_panels = len(tasks) + 2
+    figure = Figure(
+        figsize=(3.2 * n_panels + 1, max(2.6, 0.32 * len(rows) + 1.6)),
+        dpi=120,
+        layout="constrained",
+    )
+    figure.suptitle(title, fontsize=11)
+    panels = figure.subplots(1, n_panels, sharey=True)
+    places = np.arange(len(rows))
+    for axes, task in zip(panels, tasks, strict=False):
+        for place, own in zip(places, rows, strict=True):
+            scores = own.scores(task.name)
+            mean, std = spread(scores)
+            color = _COLORS[place % len(_COLORS)]
+            axes.plot(scores, [place] * len(scores), "o", color=color, alpha=0.35, markersize=4)
+            axes.errorbar(
+                mean, place, xerr=None if np.isnan(std) else std, fmt="D", color=color,
+                markersize=5, capsize=3,
+            )  # fmt: skip
+        axes.set(title=f"{task.name}: test {task.metric}", xlabel=task.metric)
+    steps, memory = panels[-2:]
+    colors = [_COLORS[place % len(_COLORS)] for place in places]
+    steps.barh(places, [own.relative_step for own in rows], color=colors, height=0.6)
+    steps.axvline(1, color="black", linewidth=0.8)
+    steps.set(title="step time", xlabel="times equal weighting")
+    memory.barh(places, [(own.peak or 0) / 1e6 for own in rows], color=colors, height=0.6)
+    memory.set(title="peak memory", xlabel="MB")
+    panels[0].set_yticks(places, [own.name for own in rows])
+    panels[0].invert_yaxis()
+    for axes in panels:
+        axes.grid(alpha=0.25, axis="x")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def save_toy(rows: Sequence[Row], s: float, title: str, path: str | Path) -> None:
+    """Draws the ways of all methods on the toy problem in the plane of the two losses.
+
+    A panel a method: the Pareto front in grey, every start as a dot, its way in the start's
+    colour, and where it ended as a ring.
+
+    Args:
+        rows: the runs.
+        s: factor of the first task.
+        title: of the picture.
+        path: where to; its suffix decides the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    rows = [row for row in rows if row.runs]
+    n_columns = min(6, len(rows))
+    n_lines = -(-len(rows) // n_columns)
+    figure = Figure(
+        figsize=(max(5.0, 2.7 * n_columns), 2.6 * n_lines + 1.2), dpi=120, layout="constrained"
+    )
+    figure.suptitle(title, fontsize=11)
+    panels = figure.subplots(n_lines, n_columns, sharex=True, sharey=True, squeeze=False)
+    x2, width = FRONT
+    x1 = torch.linspace(-width, width, 200, dtype=torch.float64)
+    front = losses(torch.stack([x1, torch.full_like(x1, x2)], dim=1), s).numpy()
+    colors = dict(zip(STARTS, _COLORS[1:], strict=True))
+    for axes, row in zip(panels.flat, rows, strict=False):
+        axes.plot(*front.T, color="#BBBBBB", linewidth=5, solid_capstyle="round")
+        for start, run in row.runs.items():
+            way = run.losses.numpy()
+            axes.plot(*way.T, color=colors[start], linewidth=1.1)
+            axes.plot(*way[0], "o", color="black", markersize=4)
+            axes.plot(*way[-1], "o", color=colors[start], markersize=7, fillstyle="none")
+        axes.set_title(row.name, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels.flat[len(rows) :]:
+        axes.set_axis_off()
+    for axes in panels[:, 0]:
+        axes.set_ylabel("f2")
+    for axes in panels[-1]:
+        axes.set_xlabel("f1")
+    handles = [Line2D([], [], color="#BBBBBB", linewidth=5, label="Pareto front")] + [
+        Line2D([], [], color=color, label=f"from {start}") for start, color in colors.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
     figure.savefig(path)

@@ -15,7 +15,8 @@ of a plain run); their time is counted nowhere else. All figures are lower quart
 takes when nothing else disturbs it, because on a busy machine a few stalls outweigh hundreds of
 searches and even the median can be one. They are taken apart for steps with one and with several
 backward passes and put together by their numbers; a step is the sum of its phases. The share may
-come out slightly below 0, by noise or where the optimizer's step is quicker than torch's.
+come out slightly below 0, by noise or where the optimizer's step is quicker than torch's. A second
+forward of the same batch, where a method wants the losses after the step, counts as update.
 `Epoch.seconds` is the plain sum of all steps, stalls and all.
 """
 
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,16 +33,25 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from . import balancers, registry
 from .adatask import AdaTask
 from .clippy_adam import ClippyAdam
 from .data.base import MultiTaskData, Split, Task
 from .models.base import MultiTaskModel
 from .pub import PUB
+from .task_gradients import Losses
 
 #: Steps between two probes of what a plain step costs.
 PROBE_EVERY = 20
 #: Rows scored at once.
 _EVALUATION_ROWS = 8192
+
+#: Learning rate of a method's own parameters, that of the nash-mtl family's trainers.
+METHOD_LR = 0.025
+#: Steps between two searches of weights, where a search costs more than the step itself.
+SEARCH_EVERY = 10
+#: What `balancer` knows beside `fastmto.available()`.
+EXTRA_BALANCERS = ("equal", "pub_clippy", "pub_adatask", "adatask", "clippy")
 
 Floats = npt.NDArray[np.float64]
 
@@ -49,7 +59,9 @@ Floats = npt.NDArray[np.float64]
 class Balancer(Protocol):
     """What `train` asks of an optimizer; `fastmto.PUB` and `fastmto.AdaTask` have it."""
 
-    stats: dict[str, int]
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counts of what happened; "steps" and "backwards" among them."""
 
     @property
     def weights(self) -> Tensor | None:
@@ -93,25 +105,106 @@ class SummedLosses:
         return f"{type(self).__name__}({self.optimizer!r})"
 
 
+class Balanced:
+    """A method of `fastmto.available()` before any torch optimizer, as a `Balancer`.
+
+    Args:
+        balancer: the method.
+        optimizer: over the model's and the method's parameters.
+        shared_parameters, task_parameters, last_shared_parameters: of the model.
+
+    Attributes:
+        looks_back: whether the method wants `update(losses)` after every step.
+    """
+
+    def __init__(
+        self,
+        balancer: balancers.Balancer,
+        optimizer: torch.optim.Optimizer,
+        shared_parameters: Iterable[Tensor],
+        task_parameters: Iterable[Iterable[Tensor]],
+        last_shared_parameters: Iterable[Tensor] | None = None,
+    ) -> None:
+        self.balancer = balancer
+        self.optimizer = optimizer
+        self._shared = list(shared_parameters)
+        self._heads = [list(head) for head in task_parameters]
+        self._last_shared = None if last_shared_parameters is None else list(last_shared_parameters)
+        # MARIGOLD has the method, and refuses it with estimators that need no second look.
+        estimator = getattr(balancer, "estimator", "reuse")
+        self.looks_back = hasattr(balancer, "update") and estimator == "reuse"
+
+    @property
+    def stats(self) -> dict[str, int]:
+        return self.balancer.stats
+
+    @property
+    def weights(self) -> Tensor | None:
+        return self.balancer.weights
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def backward(
+        self,
+        losses: Losses,
+        features: Tensor | Sequence[Tensor] | None = None,
+        closure: Callable[[], Losses] | None = None,
+    ) -> None:
+        """As the method's `backward`, which also gets the parameters."""
+        self.balancer.backward(
+            losses, self._shared, self._heads, self._last_shared, features, closure
+        )
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def update(self, losses: Losses) -> None:
+        """Tells the method the losses after the step; for methods that look back."""
+        self.balancer.update(losses)  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.balancer!r}, {self.optimizer!r})"
+
+
 MakeBalancer = Callable[[MultiTaskModel], Balancer]
 
 
+def balancer_names() -> list[str]:
+    """The names that `balancer` takes."""
+    return ["equal", *registry.available(), *EXTRA_BALANCERS[1:]]
+
+
+def search_every(name: str) -> int:
+    """Steps between two searches of a method of `fastmto.available()`, unless told otherwise.
+
+    1 for methods whose weights come from the losses, which a search costs nothing; else
+    `SEARCH_EVERY`.
+    """
+    by_losses = issubclass(registry.method(name), balancers.LossBalancer)
+    return 1 if by_losses else SEARCH_EVERY
+
+
 def balancer(
-    name: str, *, lr: float, weight_decay: float = 0.0, update_weights_every: int = 10
+    name: str, *, lr: float, weight_decay: float = 0.0, update_weights_every: int | None = None
 ) -> MakeBalancer:
     """What `train` needs to build a balancer by name, with the library's other defaults.
 
     Args:
-        name: "equal" (torch's fused Adam on the summed losses, whose decay is the classical one),
-            "clippy" (`ClippyAdam` on the summed losses), "adatask", "pub", "pub_clippy" or
-            "pub_adatask".
+        name: "equal" (torch's fused Adam on the summed losses, whose decay is the classical one);
+            a name of `fastmto.available()` (the method, then the same fused Adam; its own
+            parameters, if it has any, with learning rate `METHOD_LR` and no decay); "clippy"
+            (`ClippyAdam` on the summed losses), "adatask", "pub_clippy" or "pub_adatask". "pub"
+            is `fastmto.PUB`.
         lr: learning rate.
         weight_decay: the optimizer's.
-        update_weights_every: steps between two searches of weights, where there are searches.
+        update_weights_every: steps between two searches of weights, where there are searches;
+            None: `search_every`.
 
     Raises:
         ValueError: an unknown name.
     """
+    every = update_weights_every
 
     def equal(model: MultiTaskModel) -> Balancer:
         adam = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
@@ -132,12 +225,28 @@ def balancer(
             model.task_parameters(),
             lr=lr,
             weight_decay=weight_decay,
-            update_weights_every=update_weights_every,
+            update_weights_every=every or SEARCH_EVERY,
             clippy=clippy,
             adatask=adatask,
         )
 
+    def by_name(model: MultiTaskModel) -> Balancer:
+        heads = model.task_parameters()
+        method = registry.get(name, len(heads), update_weights_every=every or search_every(name))
+        parameters = list(model.parameters())
+        own = method.parameters()
+        for parameter in own:
+            parameter.data = parameter.data.to(parameters[0].device)
+        groups: list[dict[str, Any]] = [{"params": parameters}]
+        if own:
+            groups.append({"params": own, "lr": METHOD_LR, "weight_decay": 0.0})
+        adam = torch.optim.Adam(groups, lr=lr, weight_decay=weight_decay, fused=True)
+        return Balanced(
+            method, adam, model.shared_parameters(), heads, model.last_shared_parameters()
+        )
+
     makers: dict[str, MakeBalancer] = {
+        **dict.fromkeys(registry.available(), by_name),
         "equal": equal,
         "clippy": clippy,
         "adatask": adatask,
@@ -146,7 +255,7 @@ def balancer(
         "pub_adatask": pub(adatask=True),
     }
     if name not in makers:
-        raise ValueError(f"balancer must be one of {', '.join(makers)}, got {name!r}")
+        raise ValueError(f"balancer must be one of {', '.join(balancer_names())}, got {name!r}")
     return makers[name]
 
 
@@ -175,7 +284,7 @@ class Steps:
         weights: (n, T), those the step was made with, or took up for the next ones.
         backwards: (n,) number of backward passes.
         forward, backward, update: (n,) seconds; forward includes fetching the batch and the
-            losses, update is `optimizer.step()`.
+            losses, update is `optimizer.step()` and, for methods that look back, a second forward.
         probes: (k, 2) seconds of plain backwards and plain Adam steps.
     """
 
@@ -206,6 +315,11 @@ class Timing:
     plain_update: float
     balancing_share: float
 
+    @property
+    def relative(self) -> float:
+        """Step time over that of equal weighting in the same run."""
+        return self.step / (self.forward + self.plain_backward + self.plain_update)
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -232,13 +346,22 @@ class TrainResult:
 
 def task_losses(model: MultiTaskModel, tasks: tuple[Task, ...], batch: Split) -> Tensor:
     """The losses (T,) of a batch, attached to the graph."""
-    outputs = model(batch.dense, batch.categorical)
-    return torch.stack(
+    return _losses(model, tasks, batch)[0]
+
+
+def _losses(
+    model: MultiTaskModel, tasks: tuple[Task, ...], batch: Split
+) -> tuple[Tensor, list[Tensor]]:
+    """The losses (T,) of a batch and the shared representation they go through."""
+    features = model.represent(batch.dense, batch.categorical)
+    outputs = model.heads(features)
+    losses = torch.stack(
         [
             task.loss(output, target)
             for task, output, target in zip(tasks, outputs, batch.targets.unbind(1), strict=True)
         ]
     )
+    return losses, features
 
 
 def evaluate(model: MultiTaskModel, tasks: tuple[Task, ...], split: Split) -> dict[str, float]:
@@ -286,6 +409,41 @@ class _PlainProbe:
         clock.lap()
         self._adam.step()
         return backward, clock.lap()
+
+
+def one_step(
+    model: MultiTaskModel,
+    tasks: tuple[Task, ...],
+    optimizer: Balancer,
+    fetch: Callable[[], Split],
+    synchronize: Callable[[], None],
+) -> tuple[Split, Tensor, tuple[float, float, float]]:
+    """One training step.
+
+    Args:
+        model, tasks: what is trained.
+        optimizer: over the model.
+        fetch: gives the batch.
+        synchronize: waits for the device.
+
+    Returns:
+        The batch, its losses (T,), detached, and the seconds of forward, backward and update.
+    """
+    clock = _Clock(synchronize)
+    batch = fetch()
+    losses, features = _losses(model, tasks, batch)
+    forward = clock.lap()
+    optimizer.zero_grad()
+    if isinstance(optimizer, Balanced):
+        optimizer.backward(losses, features, lambda: task_losses(model, tasks, batch))
+    else:
+        optimizer.backward(losses)
+    backward = clock.lap()
+    optimizer.step()
+    if isinstance(optimizer, Balanced) and optimizer.looks_back:
+        with torch.no_grad():
+            optimizer.update(task_losses(model, tasks, batch))
+    return batch, losses.detach(), (forward, backward, clock.lap())
 
 
 class _Clock:
@@ -336,6 +494,11 @@ def _timing(steps: Steps, plain: bool) -> Timing:
     )
 
 
+def waiting(device: torch.device) -> Callable[[], None]:
+    """What waits until a device's queue is empty; nothing on a CPU."""
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
 def train(
     model: MultiTaskModel,
     data: MultiTaskData,
@@ -369,7 +532,7 @@ def train(
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs and batch_size must be >= 1, got {epochs} and {batch_size}")
     device = data.train.targets.device
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = waiting(device)
     optimizer = make_balancer(model)
     summed = optimizer.optimizer if isinstance(optimizer, SummedLosses) else None
     plain = isinstance(summed, torch.optim.Adam) and summed.defaults["fused"] is True
@@ -387,23 +550,19 @@ def train(
         model.train()
         for index in torch.split(torch.randperm(len(data.train), generator=order), batch_size):
             before = optimizer.stats["backwards"]
-            clock = _Clock(synchronize)
-            batch = data.train.rows(index.to(device))
-            losses = task_losses(model, data.tasks, batch)
-            forward = clock.lap()
-            optimizer.zero_grad()
-            optimizer.backward(losses)
-            backward = clock.lap()
-            optimizer.step()
-            laps.append((forward, backward, clock.lap()))
 
+            def fetch(index: Tensor = index) -> Split:
+                return data.train.rows(index.to(device))
+
+            batch, losses, lap = one_step(model, data.tasks, optimizer, fetch, synchronize)
+            laps.append(lap)
             backwards.append(optimizer.stats["backwards"] - before)
-            losses_log.append(losses.detach())
+            losses_log.append(losses)
             weights = optimizer.weights
             assert weights is not None
-            weights_log.append(weights.clone())
+            weights_log.append(weights.detach().clone())
             if on_step is not None:
-                on_step(losses.detach())
+                on_step(losses)
             if probe is not None and len(laps) % PROBE_EVERY == 1:
                 probes.append(probe.measure(batch))
         model.eval()
@@ -463,6 +622,7 @@ def as_json(result: TrainResult, max_points: int = 1000) -> dict[str, Any]:
             key: value for key, value in vars(result.timing).items() if key != "balancing_share"
         },
         "balancing_share": result.timing.balancing_share,
+        "relative_step": result.timing.relative,
         "stats": result.stats,
         "settings": result.settings,
         "steps": {

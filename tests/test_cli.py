@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmto import cli
+from fastmto import available, cli
 from fastmto.cli import main
 
 
@@ -105,6 +105,59 @@ def test_census_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(row[1:4] == ["1.0000"] * 3 for row in rows)
 
 
+def test_train_knows_every_balancer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, n in (("census-income.data", 300), ("census-income.test", 80)):
+        (tmp_path / name).write_text("".join(census_line(i) for i in range(n)))
+    arguments = "train --data census --root . --epochs 1 --batch-size 25 --model mmoe --balancer"
+    assert main([*arguments.split(), *cli.BALANCERS]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("---")) + 1
+    rows = [line.split() for line in lines[start : start + len(cli.BALANCERS)]]
+    assert [row[0] for row in rows] == list(cli.BALANCERS)
+    assert all(0 <= float(score) <= 1 for row in rows for score in row[1:4])
+
+
+def test_an_interrupted_train_keeps_what_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastmto import train
+
+    steps = []
+
+    def one_step(*arguments: object) -> object:
+        steps.append(1)
+        if len(steps) == 100:  # in the second run
+            raise KeyboardInterrupt
+        return stepped(*arguments)
+
+    stepped = train.one_step
+    monkeypatch.setattr(train, "one_step", one_step)
+    arguments = "train --epochs 1 --balancer equal famo nashmtl --json r.json"
+    assert main(arguments.split()) == 130
+    out, err = capsys.readouterr()
+    assert "interrupted: 1 of 3 runs finished" in err
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("equal")] == ["equal"]
+    (run,) = json.loads((tmp_path / "r.json").read_text())["runs"]
+    assert run["balancer"] == "equal"
+    assert min(picture_size(tmp_path / "fastmto-train.png")) > 600
+
+
+def test_a_failing_balancer_keeps_what_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastmto.balancers import FAMO
+
+    def refuse(*arguments: object) -> None:
+        raise ValueError("losses[1] must be > 0")
+
+    monkeypatch.setattr(FAMO, "update", refuse)
+    assert main(["train", "--epochs", "1", "--balancer", "equal", "famo", "ls"]) == 1
+    out, err = capsys.readouterr()
+    message = "fastmto train: error: famo: losses[1] must be > 0; 1 of 3 runs finished"
+    assert message in err
+    assert "equal" in out
+
+
 def mistake(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
     """The one line on stderr of a command that must end with status 2."""
     with pytest.raises(SystemExit) as info:
@@ -140,6 +193,15 @@ def mistake(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("train --root .", "argument --root: digits are embedded"),
         ("train --data census", '--data census needs --root DIR. Get "Census-Income (KDD)"'),
         ("train --data census --root nowhere", "no census-income.data, census-income.data.gz or"),
+        ("compare --balancers pub,nash", "argument --balancers: invalid choice: 'nash' (all, or"),
+        ("compare --balancers pub,pub", "argument --balancers: named twice in pub,pub"),
+        ("compare --seeds 0", "argument --seeds: must be a whole number >= 1, got '0'"),
+        ("compare --root .", "argument --root: digits are embedded"),
+        ("compare --data census", '--data census needs --root DIR. Get "Census-Income (KDD)"'),
+        ("toy --balancers equal", "argument --balancers: invalid choice: 'equal'"),
+        ("toy --s -1", "argument --s: must be a number > 0, got '-1'"),
+        ("toy --steps 0", "argument --steps: must be a whole number >= 1, got '0'"),
+        ("toy --plot picture.abc", "argument --plot: the name must end in one of"),
     ],
 )
 def test_mistakes_end_in_one_line(
@@ -166,28 +228,39 @@ def test_absent_extras_are_named(
     assert f'{package} not installed: pip install "fastmto[train]"' in message
 
 
-def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+EXPERIMENT = "--data --root --model --update-weights-every --epochs --batch-size --lr --device"
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("train", f"--balancer --seed {EXPERIMENT}"),
+        ("compare", f"--balancers --seeds {EXPERIMENT}"),
+        ("toy", "--balancers --s --lr --steps --processes"),
+    ],
+)
+def test_help_names_every_option_and_balancer(
+    verb: str, options: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as info:
-        main(["train", "--help"])
+        main([verb, "--help"])
     assert info.value.code == 0
     out = capsys.readouterr().out
-    options = (
-        "--data --root --model --balancer --update-weights-every --epochs --batch-size --lr "
-        "--seed --device --json --plot"
-    )
-    assert [option for option in options.split() if option not in out] == []
+    assert [option for option in [*options.split(), "--json", "--plot"] if option not in out] == []
+    assert [name for name in available() if name not in out] == []
 
 
 def test_defaults_of_every_data_set_name_every_model() -> None:
     for defaults in cli.DEFAULTS.values():
         assert defaults.model in cli.MODELS
         assert set(defaults.sizes) == set(cli.MODELS)
-    assert set(cli.EXTRAS) == set(cli.DEFAULTS)
+    assert set(cli.EXTRAS) == {*cli.DEFAULTS, "toy"}
 
 
 def test_every_balancer_of_the_command_exists() -> None:
-    from fastmto.train import balancer
+    from fastmto.train import balancer, balancer_names
 
+    assert set(cli.BALANCERS) == set(balancer_names())
     assert all(callable(balancer(name, lr=1e-3)) for name in cli.BALANCERS)
 
 

@@ -54,6 +54,34 @@ def test_a_task_reaches_the_shared_parameters_and_its_own(model: MultiTaskModel)
         assert all(p.grad is None or not p.grad.any() for p in others)
 
 
+@pytest.mark.parametrize("model", models(), ids=lambda model: type(model).__name__)
+def test_gradients_at_the_representation_sent_on_are_those_of_the_parameters(
+    model: MultiTaskModel,
+) -> None:
+    model = model.double()
+    dense, ids = batch()
+    shared = model.shared_parameters()
+    expected = torch.autograd.grad(
+        model(dense.double(), ids)[0].square().sum(), shared, allow_unused=True
+    )
+    features = model.represent(dense.double(), ids)
+    loss = model.heads(features)[0].square().sum()
+    at_features = torch.autograd.grad(loss, features, retain_graph=True)
+    sent_on = torch.autograd.grad(features, shared, at_features, allow_unused=True)
+    for direct, other in zip(expected, sent_on, strict=True):
+        torch.testing.assert_close(direct, other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("model", models(), ids=lambda model: type(model).__name__)
+def test_the_last_shared_layer_lies_before_every_head(model: MultiTaskModel) -> None:
+    last = model.last_shared_parameters()
+    assert last
+    assert {id(p) for p in last} <= {id(p) for p in model.shared_parameters()}
+    for output in model(*batch()):
+        grads = torch.autograd.grad(output.square().sum(), last, retain_graph=True)
+        assert all(grad.any() for grad in grads)
+
+
 def test_outputs_have_one_entry_a_row_or_one_a_class() -> None:
     shapes = [[tuple(output.shape) for output in model(*batch())] for model in models()]
     assert shapes == [[(5,), (5,)], [(5,), (5, 3)], [(5,), (5,)], [(5, 2), (5,), (5,)]]

@@ -76,17 +76,38 @@ class TabularEncoder(nn.Module):
 
 
 class MultiTaskModel(nn.Module):
-    """A model of T tasks that knows which parameters all tasks share and which belong to one.
+    """A model of T tasks: a trunk that all share, then a head a task.
 
-    A subclass implements `forward` and `task_modules`; whatever is in no task's modules is shared.
+    A subclass implements `represent` and `heads`, which share no tensor but the representation,
+    `task_modules` and `last_shared_parameters`; whatever is in no task's modules is shared.
     """
 
-    def forward(self, dense: Tensor, categorical: Tensor) -> list[Tensor]:
+    def represent(self, dense: Tensor, categorical: Tensor) -> list[Tensor]:
+        """The shared representation: all that the heads see of the trunk.
+
+        None of the tensors is computed from another of them, so that the gradients of a loss by
+        all of them, sent on through the trunk, add up to its gradient by the shared parameters.
+
+        Args:
+            dense: (B, D) floating point.
+            categorical: (B, F) int32 or int64.
+        """
+        raise NotImplementedError
+
+    def heads(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Logits of each task: (B,) for one output, (B, n_outputs) for several."""
         raise NotImplementedError
 
+    def forward(self, dense: Tensor, categorical: Tensor) -> list[Tensor]:
+        """`heads(represent(dense, categorical))`."""
+        return self.heads(self.represent(dense, categorical))
+
     def task_modules(self) -> list[list[nn.Module]]:
         """For each task, the modules that only its loss reaches."""
+        raise NotImplementedError
+
+    def last_shared_parameters(self) -> list[nn.Parameter]:
+        """Those of the last layer that all tasks share."""
         raise NotImplementedError
 
     def task_parameters(self) -> list[list[nn.Parameter]]:

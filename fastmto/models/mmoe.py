@@ -45,11 +45,21 @@ class Experts(nn.Module):
             h = torch.baddbmm(bias, h, weight).relu()
         return h.transpose(0, 1)
 
+    def last_parameters(self) -> list[nn.Parameter]:
+        """The weights and biases of the last layer of all experts."""
+        if len(self.weights) == 0:
+            return list(self.first.parameters())
+        return [self.weights[-1], self.biases[-1]]
+
 
 class MMOE(MultiTaskModel):
     """logits_i = tower_i(sum_e softmax(gate_i(x))_e expert_e(x)), x the encoded row.
 
     Embeddings, the dense layer and the experts are shared; a task's gate and tower are its own.
+    The shared representation is what those see: x as the gates read it (B, width), apart from x
+    as the experts read it, and the experts' outputs (B, E, expert_widths[-1]). A gate's own output
+    is no part of it: it is made by the task's own parameters. The last shared layer is the
+    experts' last one.
 
     Args:
         n_dense: number of dense columns.
@@ -78,14 +88,21 @@ class MMOE(MultiTaskModel):
         self.gates = nn.ModuleList(nn.Linear(self.encoder.width, n_experts) for _ in n_outputs)
         self.towers = nn.ModuleList(tower([expert_widths[-1], *tower_widths], n) for n in n_outputs)
 
-    def forward(self, dense: Tensor, categorical: Tensor) -> list[Tensor]:
+    def represent(self, dense: Tensor, categorical: Tensor) -> list[Tensor]:
         x = self.encoder(dense, categorical)
+        # A node of its own: a loss's gradient by it has the way through the gates alone.
+        return [x.view_as(x), self.experts(x)]
+
+    def heads(self, features: Sequence[Tensor]) -> list[Tensor]:
+        x, experts = features
         gates = torch.stack([gate(x) for gate in self.gates], dim=1).softmax(dim=2)  # (B, T, E)
-        mixed = gates @ self.experts(x)  # (B, T, width)
+        mixed = gates @ experts  # (B, T, width)
         return [
-            head(features).squeeze(1)
-            for head, features in zip(self.towers, mixed.unbind(1), strict=True)
+            head(own).squeeze(1) for head, own in zip(self.towers, mixed.unbind(1), strict=True)
         ]
 
     def task_modules(self) -> list[list[nn.Module]]:
         return [list(pair) for pair in zip(self.gates, self.towers, strict=True)]
+
+    def last_shared_parameters(self) -> list[nn.Parameter]:
+        return self.experts.last_parameters()

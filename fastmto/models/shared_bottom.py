@@ -12,6 +12,9 @@ from .base import MultiTaskModel, TabularEncoder, mlp, tower
 class SharedBottom(MultiTaskModel):
     """logits_i = tower_i(bottom(x)), x the encoded row.
 
+    The shared representation is bottom(x), one tensor (B, bottom[-1]); the last shared layer is
+    the bottom's last one, or the encoder where there is no bottom.
+
     Args:
         n_dense: number of dense columns.
         field_sizes: known values of each categorical field.
@@ -37,9 +40,16 @@ class SharedBottom(MultiTaskModel):
         width = [self.encoder.width, *bottom][-1]
         self.towers = nn.ModuleList(tower([width, *tower_widths], n) for n in n_outputs)
 
-    def forward(self, dense: Tensor, categorical: Tensor) -> list[Tensor]:
-        shared = self.bottom(self.encoder(dense, categorical))
+    def represent(self, dense: Tensor, categorical: Tensor) -> list[Tensor]:
+        return [self.bottom(self.encoder(dense, categorical))]
+
+    def heads(self, features: Sequence[Tensor]) -> list[Tensor]:
+        (shared,) = features
         return [head(shared).squeeze(1) for head in self.towers]
 
     def task_modules(self) -> list[list[nn.Module]]:
         return [[head] for head in self.towers]
+
+    def last_shared_parameters(self) -> list[nn.Parameter]:
+        linear = [layer for layer in self.bottom if isinstance(layer, nn.Linear)]
+        return list((linear[-1] if linear else self.encoder).parameters())
