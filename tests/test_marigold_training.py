@@ -144,7 +144,7 @@ def test_copies_pickles_and_reset() -> None:
 
 @pytest.mark.parametrize("estimator", ["forward", "central", "directions", "span"])
 def test_parameters_in_a_flat_buffer(estimator: str) -> None:
-    """As the update-level optimizers lay them out: the same numbers, and all stay where they are."""
+    """As the update-level optimizers lay them out: the same numbers, and nobody moves out."""
     ends = []
     for flat in (False, True):
         model = Smooth()
