@@ -13,17 +13,21 @@ constexpr double kTolerance = 1e-13;
 constexpr double kRounded = 1e-2;
 // Of all relative changes of y in a Newton step.
 constexpr double kSmallStep = 1e-11;
-constexpr int kMaxBlind = 8;
-constexpr int kMaxNewton = 100;
+constexpr int kMaxBlind = 50;
+constexpr double kLargestFall = 0.95;
+constexpr int kMaxNewton = 300;
 constexpr int kMaxLineSearch = 60;
 
 // Minimiser of the convex objective along y (1 + t z), whose slope is
 //   alpha t + beta - sum_i pi_i z_i (1 + t z_i)^-r,
-// by Newton kept inside a shrinking bracket; the slope at 0 is -decrement < 0.
+// by Newton kept inside a shrinking bracket; the slope at 0 is -decrement < 0. No y_i falls by
+// more than kLargestFall: for small r the minimum can be beyond it, next to y_i = 0, where the next
+// step has no use for it.
 FASTMTO_INLINE double line_search(int n, double r, const double* pi, const double* z, double z_min,
                                   double alpha, double beta, double decrement) {
   double low = 0.0;
-  double high = z_min < 0.0 ? -1.0 / z_min : DBL_MAX;
+  const double end = z_min < 0.0 ? -kLargestFall / z_min : DBL_MAX;
+  double high = end;
   double t = min_of(1.0, 0.5 * high);
   for (int k = 0; k < kMaxLineSearch; ++k) {
     double slope = alpha * t + beta;
@@ -44,6 +48,7 @@ FASTMTO_INLINE double line_search(int n, double r, const double* pi, const doubl
     if (!(next > low)) next = 0.5 * (low + t);
     if (!(next < high)) next = high < DBL_MAX ? 0.5 * (t + high) : 2.0 * t;
     t = next;
+    if (high == end && t > 0.99 * end) break;
   }
   return t;
 }
@@ -139,11 +144,9 @@ FASTMTO_INLINE Status fairgrad_body(int n, const double* gram, double alpha, dou
       beta += z[i] * w[i];
     }
     // Where w is known less well than pi only the step tells.
-    if (z_max < kSmallStep && z_min > -kSmallStep) break;
+    if (blind && z_max < kSmallStep && z_min > -kSmallStep) break;
     double step = 1.0;
-    if (blind) {
-      if (!(z_min > -0.5)) return Status::kNearStationary;
-    } else if (!(z_min > -0.1 && z_max < 0.1)) {
+    if (!(z_min > -0.1 && z_max < 0.1)) {
       if (!(decrement > 0.0))
         return rounding > kRounded ? Status::kNearStationary : Status::kNotPsd;
       step = line_search(n, r, pi, z, z_min, decrement - spread, beta, decrement);
