@@ -10,7 +10,7 @@ import pytest
 
 STATUS = Path("/proc/self/status")
 
-NUMEL, TASKS = 1 << 23, 3
+NUMEL, TASKS = 1 << 22, 3
 SCRIPT = r"""
 import pathlib, re, sys, torch, fastmto
 torch.set_num_threads(1)
@@ -20,11 +20,15 @@ direction = torch.randn(numel)
 step = fastmto.PUB([torch.nn.Parameter(torch.zeros(3))], [[]])  # all imports are paid by both
 if sys.argv[1] == "pub":
     optimizer = fastmto.PUB([shared], [[] for _ in range(tasks)], update_weights_every=1)
+balancer = fastmto.get("nashmtl", passes=sys.argv[1] if sys.argv[1] == "batched" else "loop")
 for _ in range(3):
     losses = [(shared * direction).sum() * (i + 1) for i in range(tasks)]
     if sys.argv[1] == "pub":
         optimizer.backward(losses)
         optimizer.step()
+    elif sys.argv[1] in ("loop", "batched"):
+        balancer.backward(losses, [shared], [])
+        shared.grad = None
     else:
         for i, loss in enumerate(losses):
             torch.autograd.grad(loss, [shared])
@@ -39,10 +43,22 @@ def peak_bytes(what: str) -> int:
     return int(done.stdout) * 1024
 
 
-@pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     not STATUS.exists() or "VmHWM" not in STATUS.read_text(), reason="the system shows no VmHWM"
 )
+
+
 def test_a_search_adds_the_task_gradients_and_moments_to_the_bare_backwards() -> None:
     """T rows of gradients and two moments; nothing else of the size of the parameters."""
     vectors = (peak_bytes("pub") - peak_bytes("bare")) / (4 * NUMEL)
     assert TASKS + 2 - 0.3 < vectors < TASKS + 2 + 0.3
+
+
+@pytest.mark.parametrize(
+    ("passes", "vectors"), [("loop", TASKS + 1), ("batched", TASKS + 3 * TASKS)]
+)
+def test_a_gradient_balancer_adds_what_its_docstring_says(passes: str, vectors: int) -> None:
+    """Beside the gradient that a bare backward has as well: T rows and the joint one; batched,
+    three vectors a task for its gradient on the way."""
+    added = (peak_bytes(passes) - peak_bytes("bare")) / (4 * NUMEL)
+    assert vectors - 0.3 < added < vectors + 0.3
