@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -192,6 +193,13 @@ def test_toy_ends_on_the_pareto_front(start: str) -> None:
     shares = torch.linspace(0, 1, 1001)[:, None]
     closest = (shares * g[0] + (1 - shares) * g[1]).norm(dim=1).min()
     assert float(closest) < 0.3  # nearly Pareto stationary; at the starts it is up to 1
+
+
+def test_the_pages_blocks_run_in_their_order() -> None:
+    page = Path(__file__).resolve().parent.parent / "docs" / "marigold.md"
+    blocks = re.findall(r"^```py(?:thon)?\n(.*?)^```", page.read_text(), re.M | re.S)
+    assert len(blocks) == 4
+    exec(compile("\n".join(blocks), str(page), "exec"), {})
 
 
 @pytest.mark.slow
