@@ -2,7 +2,8 @@
 
 The contract is csrc/kernels/kernels.h. `dtype`: 0 float32, 1 float64, 2 bfloat16, 3 float16.
 `coefficients`: six packed doubles a task with moments of its own, else six. Strides in elements.
-`isa`: 0 the best here, 1 baseline, 2 x86-64-v3, 3 x86-64-v4.
+`draw`: 0 none, 1 gaussian, 2 Rademacher. `isa`: 0 the best here, 1 baseline, 2 x86-64-v3,
+3 x86-64-v4.
 """
 
 def search(
@@ -125,7 +126,23 @@ def combine(
     isa: int,
     /,
 ) -> None: ...
-def all_finite(
-    dtype: int, rows: int, numel: int, values: int, stride: int, threads: int, isa: int, /
+def perturb(
+    dtype: int,
+    rows: int,
+    numel: int,
+    params: int,
+    out: int,
+    out_stride: int,
+    scale: int,
+    draw: int,
+    direction: int,
+    direction_stride: int,
+    seed: int,
+    offset: int,
+    threads: int,
+    isa: int,
+    /,
+) -> None: ...
+def all_finite(    dtype: int, rows: int, numel: int, values: int, stride: int, threads: int, isa: int, /
 ) -> bool: ...
 def supported(isa: int, /) -> bool: ...

@@ -19,7 +19,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fastmto.ops import triton_apply, triton_combine, triton_launch, triton_search
+from fastmto.ops import (
+    triton_apply,
+    triton_combine,
+    triton_launch,
+    triton_perturb,
+    triton_search,
+)
 from fastmto.ops.triton_launch import Tiling
 from fastmto.rules import AdaGrad, Adam, RMSProp, Rule
 
@@ -62,6 +68,8 @@ def described(made: Any) -> dict[str, Any]:
         "shared": made.metadata.shared,
         "loads": re.findall(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)\S*.*", ptx),
         "stores": re.findall(r"st\.global\S*", ptx),
+        "fused": re.findall(r"\bfma\.\S+", ptx),
+        "rounded": re.findall(r"\b(?:mul|add|sub|sqrt|div)\.\S*f(?:32|64)", ptx),
         "order": re.findall(r"bar\.sync|atom\S*|st\.global|ld\.global\.cg", ptx),
         "signature": made.src.signature,
     }
@@ -108,6 +116,15 @@ def compile_all(record: Recorder) -> None:
         triton_search.gram(
             torch.zeros(n_tasks, NUMEL, dtype=dtype), torch.zeros(n_tasks, n_tasks, dtype=double)
         )
+    for dtype in (single, double):
+        params, rows = torch.zeros(NUMEL, dtype=dtype), torch.zeros(8, NUMEL, dtype=dtype)
+        scale = torch.ones(8, dtype=double)
+        for distribution in triton_perturb.KERNELS:
+            record.name = f"perturb {dtype} {distribution}"
+            triton_perturb.perturb(params, rows, scale, None, 2**64 - 1, 1, distribution)
+        for direction in (params, rows):
+            record.name = f"perturb {dtype} given {direction.dim()}"
+            triton_perturb.perturb(params, rows, scale, direction, None, 0, "")
     configurations: list[tuple[torch.dtype, int, Rule, tuple[str, ...]]] = [
         (single, 2, adam, ("search", "delayed", "apply", "combine")),
         (single, 3, adam, ("search", "delayed")),
@@ -142,7 +159,7 @@ def compile_all(record: Recorder) -> None:
 if __name__ == "__main__":
     triton.runtime.driver.set_active(NamedArchitecture(int(sys.argv[1])))
     recorder = Recorder()
-    for module in (triton_search, triton_apply, triton_combine):
+    for module in (triton_search, triton_apply, triton_combine, triton_perturb):
         module.launch = recorder
     compile_all(recorder)
     sys.stdout.write(json.dumps(recorder.kernels))

@@ -53,6 +53,7 @@ def test_compiles_without_spills_and_fits_shared_memory(kernels: dict[str, Any])
         "apply",
         "combine",
         "gram",
+        "perturb",
     }
     assert {name: made["stack"] for name, made in kernels.items() if made["stack"]} == {}
     # What a program may have on every GPU since sm_80.
@@ -78,12 +79,22 @@ def test_streams_are_read_and_written_16_bytes_at_a_time(kernels: dict[str, Any]
         # There a thread takes two coordinates, or tiles.
         and not name.startswith(("delayed torch.float32 T=8", "delayed torch.float32 T=32"))
     }
-    assert len(streaming) >= 19
+    assert len(streaming) >= 23
     for name, made in streaming.items():
         loads = {load.split()[0] for load in made["loads"]} - NOT_STREAMS
         assert loads == {"ld.global.v4.b32"}, name
         if not name.startswith(("search", "gram")):
             assert "st.global.v4.b32" in made["stores"], name
+
+
+@pytest.mark.slow
+def test_every_operation_of_perturb_rounds_as_on_the_cpu(kernels: dict[str, Any]) -> None:
+    names = [name for name in kernels if name.startswith("perturb")]
+    assert len(names) == 8
+    for name in names:
+        assert kernels[name]["fused"] == [], name
+        assert kernels[name]["rounded"], name
+        assert all(".rn.f" in operation for operation in kernels[name]["rounded"]), name
 
 
 @pytest.mark.slow

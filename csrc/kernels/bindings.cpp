@@ -26,6 +26,10 @@ class Arguments {
     PyObject* value = next();
     return value == nullptr ? 0 : PyLong_AsLongLong(value);
   }
+  std::uint64_t natural() {
+    PyObject* value = next();
+    return value == nullptr ? 0 : PyLong_AsUnsignedLongLong(value);
+  }
   int small() { return static_cast<int>(integer()); }
   double real() {
     PyObject* value = next();
@@ -180,6 +184,27 @@ PyObject* py_combine(PyObject*, PyObject* const* values, Py_ssize_t count) {
                 [&] { combine(dtype, tasks, numel, grads, weights, out, threads, isa); });
 }
 
+PyObject* py_perturb(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments from(values, count);
+  Perturbation what;
+  what.dtype = static_cast<DType>(from.small());
+  what.rows = from.small();
+  what.numel = from.integer();
+  what.params = from.address<const void>();
+  what.out.data = from.address<void>();
+  what.out.stride = from.integer();
+  what.scale = from.address<const double>();
+  what.draw = static_cast<Draw>(from.small());
+  what.direction.data = from.address<void>();
+  what.direction.stride = from.integer();
+  what.seed = from.natural();
+  what.offset = from.natural();
+  what.threads = from.small();
+  what.isa = static_cast<Isa>(from.small());
+  if (!from.complete()) return nullptr;
+  return answer(what.numel * what.rows, [&] { perturb(what); });
+}
+
 PyObject* py_all_finite(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments from(values, count);
   const auto dtype = static_cast<DType>(from.small());
@@ -218,8 +243,8 @@ PyMethodDef methods[] = {
     method<py_search>("search"),         method<py_search_clipped>("search_clipped"),
     method<py_apply>("apply"),           method<py_delayed>("delayed"),
     method<py_gram>("gram"),             method<py_combine>("combine"),
-    method<py_all_finite>("all_finite"), method<py_supported>("supported"),
-    {nullptr, nullptr, 0, nullptr},
+    method<py_perturb>("perturb"),       method<py_all_finite>("all_finite"),
+    method<py_supported>("supported"),   {nullptr, nullptr, 0, nullptr},
 };
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT,

@@ -48,10 +48,20 @@ struct Blocks {
                                        std::int64_t begin, std::int64_t end, const void* u,
                                        const int* u_rows);
 
-  // out[j] = sum_t weights[t] grads[t][j] on [begin, end); weights S. `stream`: write past the
-  // caches.
+  // out[j] = sum_t weights[t] grads[t][j] on [begin, end); weights S. `stream`, for float and
+  // double: write past the caches; out is aligned to 64 bytes, and the caller has the last word
+  // with the processor (sfence).
   void (*combine[kDTypes])(const void* const* grads, int tasks, const void* weights, void* out,
                            std::int64_t begin, std::int64_t end, bool stream);
+
+  // u[j] of direction `number` at coordinate begin + j, j < n <= kDrawn; begin a multiple of
+  // kDrawn. u has room for kDrawn. [0] gaussian, [1] Rademacher.
+  void (*draw[2])(std::uint64_t seed, std::uint64_t number, std::int64_t begin, int n, float* u);
+
+  // out[j] = params[j] + scale direction[j], j < n; `stream` as in combine. [0] float, [1] double,
+  // [2] double with a drawn direction, which is float.
+  void (*shift[3])(const void* params, const void* direction, double scale, void* out, int n,
+                   bool stream);
 
   bool (*finite[kDTypes])(const void* values, std::int64_t n);
 };

@@ -18,6 +18,7 @@ constexpr int kDTypes = 4;
 constexpr int kKinds = 6;      // the element formulas of rules.h
 constexpr int kMaxStates = 3;  // state tensors of one rule
 constexpr int kBlock = 512;    // coordinates whose updates are held in the first-level cache
+constexpr int kDrawn = 2048;   // coordinates whose random direction is held there
 
 // Instruction sets. Any two give the same bits, but for v4 with float maths, which has fused
 // multiply-adds and estimates of 1/x and 1/sqrt(x) refined by one Newton step.
@@ -84,6 +85,27 @@ void gram(DType dtype, int tasks, std::int64_t numel, Matrix grads, double* gram
 // out (P), dtype of grads; it may be one of the rows of grads, but not overlap two.
 void combine(DType dtype, int tasks, std::int64_t numel, Matrix grads, const double* weights,
              void* out, int threads, Isa isa);
+
+enum class Draw : int { given = 0, gaussian = 1, rademacher = 2 };
+
+// Rows that each lie along a direction from the parameters.
+struct Perturbation {
+  DType dtype;  // f32 or f64
+  int rows;     // R
+  std::int64_t numel;
+  const void* params;    // (P)
+  Matrix out;            // (R, P), written whole; may be params where R = 1
+  const double* scale;   // (R)
+  Draw draw;
+  Matrix direction;      // given: (R, P), or one for all with stride 0
+  std::uint64_t seed;    // drawn: row r lies along direction offset + r of this seed
+  std::uint64_t offset;
+  int threads;
+  Isa isa;
+};
+
+// out_r = params + scale_r direction_r. Every instruction set gives the same bits.
+void perturb(const Perturbation& what);
 
 // Whether none of rows x numel elements is NaN, infinite, or 2^63 (2^511 for f64) or larger in size,
 // so that all have squares in the compute type.

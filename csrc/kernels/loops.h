@@ -9,6 +9,8 @@ namespace FASTMTO_ISA {
 
 #include "rules.h"
 
+#include "draws.h"
+
 template <class D>
 FASTMTO_INLINE const D* row(const Rows& rows, int task, std::int64_t at) {
   return static_cast<const D*>(rows.grads[task]) + at;
@@ -337,11 +339,71 @@ void apply_known(const Rows& rows, const Factors& factors, void* params, std::in
   apply_shared<kind, D, true>(rows, factors, params, begin, end, u, u_rows);
 }
 
+// `to` is aligned to 64 bytes.
+template <class S>
+FASTMTO_INLINE void write_past_caches(S* to, Pack<S> x) {
 #if FASTMTO_LEVEL == 4
-FASTMTO_INLINE void write_past_caches(float* to, Pack<float> x) {
-  _mm512_stream_ps(to, (__m512)x.part[0]);
-}
+  _mm512_stream_si512((__m512i*)to, (__m512i)x.part[0]);
+#elif FASTMTO_LEVEL == 3
+  for (int i = 0; i < 2; ++i) _mm256_stream_si256((__m256i*)to + i, (__m256i)x.part[i]);
+#elif defined(__SSE2__)
+  for (int i = 0; i < 4; ++i) _mm_stream_si128((__m128i*)to + i, (__m128i)x.part[i]);
+#else
+  store(to, x);
 #endif
+}
+
+// to[j] = what(j, count, whole) on n elements, past the caches where `stream` (of float and double).
+template <int lanes, class D, class What>
+FASTMTO_INLINE void write(D* to, std::int64_t n, bool stream, const What& what) {
+  if constexpr (sizeof(D) == sizeof(Compute<D>)) {
+    if (stream) {
+      vectors<lanes>(n, [&](std::int64_t j, int count, auto whole) __attribute__((always_inline)) {
+        if constexpr (whole) {
+          write_past_caches(to + j, what(j, count, whole));
+        } else {
+          store_some(to + j, what(j, count, whole), count);
+        }
+      });
+      return;
+    }
+  }
+  vectors<lanes>(n, [&](std::int64_t j, int count, auto whole) __attribute__((always_inline)) {
+    put<whole>(to + j, what(j, count, whole), count);
+  });
+}
+
+// n elements of a direction in the precision of the parameters. Drawn ones are float and stand in
+// whole vectors.
+template <bool whole, class S, class U>
+FASTMTO_INLINE Pack<S> take_direction(const U* from, int n) {
+  if constexpr (sizeof(U) == sizeof(S)) {
+    return take<whole>(from, n);
+  } else {
+    typedef U Half __attribute__((vector_size(FASTMTO_VECTOR_BYTES / 2)));
+    using V = Pack<S>;
+    V r;
+    for (int i = 0; i < V::parts; ++i) {
+      Half half;
+      std::memcpy(&half, from + i * (V::lanes / V::parts), sizeof half);
+      r.part[i] = __builtin_convertvector(half, typename V::Part);
+    }
+    return r;
+  }
+}
+
+template <class S, class U>
+void shift(const void* params, const void* direction, double scale, void* out, int n, bool stream) {
+  using V = Pack<S>;
+  const S* from = static_cast<const S*>(params);
+  const U* u = static_cast<const U*>(direction);
+  S* to = static_cast<S*>(out);
+  const V factor = broadcast(S(scale));
+  const auto moved = [&](std::int64_t j, int count, auto whole) __attribute__((always_inline)) {
+    return take<whole>(from + j, count) + factor * take_direction<whole, S>(u + j, count);
+  };
+  write<V::lanes>(to, n, stream, moved);
+}
 
 template <class D>
 void combine(const void* const* grads, int tasks, const void* weights, void* out,
@@ -359,29 +421,7 @@ void combine(const void* const* grads, int tasks, const void* weights, void* out
     }
     return total;
   };
-#if FASTMTO_LEVEL == 4
-  if constexpr (sizeof(D) == 4) {
-    if (stream) {
-      vectors<V::lanes>(
-          end - begin, [&](std::int64_t j, int count, auto whole) __attribute__((always_inline)) {
-            const V total = sum(j, count, whole);
-            if constexpr (whole) {
-              write_past_caches(to + j, total);
-            } else {
-              store_some(to + j, total, count);
-            }
-          });
-      _mm_sfence();
-      return;
-    }
-  }
-#else
-  (void)stream;
-#endif
-  vectors<V::lanes>(end - begin,
-                    [&](std::int64_t j, int count, auto whole) __attribute__((always_inline)) {
-                      put<whole>(to + j, sum(j, count, whole), count);
-                    });
+  write<V::lanes>(to, end - begin, stream, sum);
 }
 
 // NaN, infinite or at least `limit` in size, by the bits of the exponent.
@@ -435,6 +475,8 @@ const Blocks FASTMTO_NAME(FASTMTO_ISA) = [] {
       FASTMTO_TABLE(apply),
       FASTMTO_TABLE(apply_known),
       {combine<float>, combine<double>, combine<BFloat16>, combine<Float16>},
+      {gaussian, rademacher},
+      {shift<float, float>, shift<double, double>, shift<double, float>},
       // 2^63 and 2^511, whose squares float and double still hold; all of float16 has squares.
       {finite<std::int32_t, 0x7f800000, 0x5f000000>,
        finite<std::int64_t, 0x7ff0000000000000, 0x5fe0000000000000>,

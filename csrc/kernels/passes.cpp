@@ -11,6 +11,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "blocks.h"
 #include "kernels.h"
@@ -93,6 +96,15 @@ void in_parallel(std::int64_t items, int threads, const Body& body) {
   (void)threads;
 #endif
   for (std::int64_t i = 0; i < items; ++i) body(i, 0);
+}
+
+// After writes past the caches: other threads see them before what this one writes next.
+void order_writes(bool streamed) {
+#ifdef __SSE2__
+  if (streamed) _mm_sfence();
+#else
+  (void)streamed;
+#endif
 }
 
 // Memory that stays with the calling thread: a training loop allocates in its first step only.
@@ -503,6 +515,44 @@ void combine(DType dtype, int tasks, std::int64_t numel, Matrix grads, const dou
   const void* factors = move.of(0).grad;
   in_parallel(n_items, useful(threads, n_items, numel * (tasks + 1)), [&](std::int64_t i, int) {
     function(move.rows.grads, move.rows.tasks, factors, out, items[i].begin, items[i].end, stream);
+    order_writes(stream);
+  });
+}
+
+void perturb(const Perturbation& what) {
+  const Blocks& blocks = blocks_of(what.isa);
+  const std::int64_t size = size_of(what.dtype);
+  const bool given = what.draw == Draw::given;
+  const auto shift = blocks.shift[what.dtype == DType::f32 ? 0 : given ? 1 : 2];
+  const auto draw = given ? nullptr : blocks.draw[what.draw == Draw::gaussian ? 0 : 1];
+  const char* params = static_cast<const char*>(what.params);
+  char* out = static_cast<char*>(what.out.data);
+  const char* directions = static_cast<const char*>(what.direction.data);
+  // Not in place: there the caches hold what is written over.
+  const bool stream = what.rows * what.numel * size >= kStreamBytes && out != params &&
+                      reinterpret_cast<std::uintptr_t>(out) % 64 == 0 &&
+                      what.out.stride * size % 64 == 0;
+  const std::int64_t blocks_of_numel = (what.numel + kDrawn - 1) / kDrawn;
+  const std::int64_t a_chunk = std::max<std::int64_t>(2, (blocks_of_numel + kItems - 1) / kItems);
+  const std::int64_t chunk = a_chunk * kDrawn;
+  const std::int64_t items = (what.numel + chunk - 1) / chunk;
+  in_parallel(items, useful(what.threads, items, what.numel * what.rows), [&](std::int64_t i, int) {
+    alignas(64) float drawn[kDrawn];
+    const std::int64_t end = std::min((i + 1) * chunk, what.numel);
+    for (std::int64_t at = i * chunk; at < end; at += kDrawn) {
+      const int n = static_cast<int>(std::min<std::int64_t>(kDrawn, end - at));
+      for (int r = 0; r < what.rows; ++r) {
+        const void* u = drawn;
+        if (given) {
+          u = directions + (r * what.direction.stride + at) * size;
+        } else {
+          draw(what.seed, what.offset + static_cast<std::uint64_t>(r), at, n, drawn);
+        }
+        shift(params + at * size, u, what.scale[r], out + (r * what.out.stride + at) * size, n,
+              stream);
+      }
+    }
+    order_writes(stream);
   });
 }
 

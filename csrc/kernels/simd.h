@@ -43,38 +43,29 @@ FASTMTO_INLINE Pack<S> abs(Pack<S> a) {
   return max(broadcast(S(0)) - a, a);
 }
 
-// sqrt; no errno, so the loop is vectorised.
+// sqrt of a native vector; no errno, so it is one instruction.
+template <class Part>
+FASTMTO_INLINE Part root_part(Part a) {
+  constexpr bool single = sizeof(a[0]) == 4;
+#if FASTMTO_LEVEL == 4
+  if constexpr (single) return (Part)_mm512_sqrt_ps((__m512)a);
+  else return (Part)_mm512_sqrt_pd((__m512d)a);
+#elif FASTMTO_LEVEL == 3
+  if constexpr (single) return (Part)_mm256_sqrt_ps((__m256)a);
+  else return (Part)_mm256_sqrt_pd((__m256d)a);
+#elif defined(__SSE2__)
+  if constexpr (single) return (Part)_mm_sqrt_ps((__m128)a);
+  else return (Part)_mm_sqrt_pd((__m128d)a);
+#else
+  for (int lane = 0; lane < int(sizeof a / sizeof a[0]); ++lane) a[lane] = std::sqrt(a[lane]);
+  (void)single;
+  return a;
+#endif
+}
+
 template <class S>
 FASTMTO_INLINE Pack<S> root(Pack<S> a) {
-#if FASTMTO_LEVEL == 4
-  if constexpr (sizeof(S) == 4) {
-    a.part[0] = (typename Pack<S>::Part)_mm512_sqrt_ps((__m512)a.part[0]);
-  } else {
-    a.part[0] = (typename Pack<S>::Part)_mm512_sqrt_pd((__m512d)a.part[0]);
-  }
-#elif FASTMTO_LEVEL == 3
-  for (auto& part : a.part) {
-    if constexpr (sizeof(S) == 4) {
-      part = (typename Pack<S>::Part)_mm256_sqrt_ps((__m256)part);
-    } else {
-      part = (typename Pack<S>::Part)_mm256_sqrt_pd((__m256d)part);
-    }
-  }
-#elif defined(__SSE2__)
-  for (auto& part : a.part) {
-    if constexpr (sizeof(S) == 4) {
-      part = (typename Pack<S>::Part)_mm_sqrt_ps((__m128)part);
-    } else {
-      part = (typename Pack<S>::Part)_mm_sqrt_pd((__m128d)part);
-    }
-  }
-#else
-  for (auto& part : a.part) {
-    for (int lane = 0; lane < Pack<S>::lanes / Pack<S>::parts; ++lane) {
-      part[lane] = std::sqrt(part[lane]);
-    }
-  }
-#endif
+  for (auto& part : a.part) part = root_part(part);
   return a;
 }
 

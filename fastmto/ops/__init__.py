@@ -36,6 +36,13 @@ The ops, with u_i the update that `rule` makes of g_i with the old moments (rule
                 takes for 0 (both factors below about 1e-23) count as 0
     combine     out (P,) = sum_i weights_i g_i, in the dtype of grads. `out` may be one of the rows
                 of grads, which is then overwritten by the sum; it may not overlap several
+    perturb     out_r = params + scale_r u_r for the R rows of out (R, P), contiguous each; params,
+                out and direction are float32 or all float64, scale (R,) is float64. u_r is
+                `direction` (P,) or its row r (R, P), or else direction number offset + r of `seed`,
+                standard normal or +-1 by `distribution`, as fastmto.philox says: made on the way
+                and stored nowhere. Every backend, thread count and tiling gives the same bits:
+                scale is rounded to the dtype of params, then one rounding for the product and one
+                for the sum. out may be params where R = 1
     all_finite  whether no element is NaN, infinite or so large (2^63 where the maths is float32,
                 2^511 where it is float64) that moments of its square would be infinite for good;
                 in a search such an element makes its task's gram_ii NaN or infinite
@@ -112,6 +119,18 @@ class Backend(Protocol):
     def gram(self, grads: Tensor, gram: Tensor) -> None: ...
 
     def combine(self, grads: Tensor, weights: Tensor, out: Tensor) -> None: ...
+
+    def perturb(
+        self,
+        params: Tensor,
+        out: Tensor,
+        *,
+        scale: Tensor,
+        direction: Tensor | None = None,
+        seed: int | None = None,
+        offset: int = 0,
+        distribution: str = "gaussian",
+    ) -> None: ...
 
     def all_finite(self, tensor: Tensor) -> bool: ...
 

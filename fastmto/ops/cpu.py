@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _kernels
 from ..rules import Clippy, Rule
-from . import Steps
+from . import Steps, perturbation
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _PACK = struct.Struct("6d").pack
@@ -332,6 +332,39 @@ def combine(grads: Tensor, weights: Tensor, out: Tensor, *, isa: int = 0) -> Non
         stride,
         weights.data_ptr(),
         out.data_ptr(),
+        torch.get_num_threads(),
+        isa,
+    )
+
+
+def perturb(
+    params: Tensor,
+    out: Tensor,
+    *,
+    scale: Tensor,
+    direction: Tensor | None = None,
+    seed: int | None = None,
+    offset: int = 0,
+    distribution: str = "gaussian",
+    isa: int = 0,
+) -> None:
+    """out_r = params + scale_r u_r; see `fastmto.ops`."""
+    if not params.is_cpu:
+        raise _wrong("params", "on the CPU", params)
+    perturbation.check(params, out, scale, direction, seed, offset, distribution)
+    _kernels.perturb(
+        _DTYPES[params.dtype],
+        len(out),
+        params.numel(),
+        params.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
+        scale.data_ptr(),
+        0 if seed is None else 1 + perturbation.DISTRIBUTIONS.index(distribution),
+        0 if direction is None else direction.data_ptr(),
+        direction.stride(0) if direction is not None and direction.dim() == 2 else 0,
+        0 if seed is None else seed,
+        0 if seed is None else offset,
         torch.get_num_threads(),
         isa,
     )

@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..philox import DISTRIBUTIONS
 from ..reference import State, advance
 from ..rules import Clippy, Rule
 from . import Steps
@@ -202,6 +203,27 @@ def combine(grads: Tensor, weights: Tensor, out: Tensor) -> None:
     for a, g in zip(weights.unbind(), grads, strict=True):
         total += torch.where(a != 0, a * _working(g), 0.0)
     out.copy_(total)
+
+
+def perturb(
+    params: Tensor,
+    out: Tensor,
+    *,
+    scale: Tensor,
+    direction: Tensor | None = None,
+    seed: int | None = None,
+    offset: int = 0,
+    distribution: str = "gaussian",
+) -> None:
+    """The contract's `perturb`; a random direction is stored while its row is written."""
+    for r, factor in enumerate(scale.to(params.dtype).unbind()):
+        if seed is not None:
+            drawn = DISTRIBUTIONS[distribution](seed, offset + r, params.numel())
+            u = torch.from_numpy(drawn).to(params)
+        else:
+            assert direction is not None
+            u = direction if direction.dim() == 1 else direction[r]
+        torch.add(params, factor * u, out=out[r])
 
 
 def all_finite(tensor: Tensor) -> bool:

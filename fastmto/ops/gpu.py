@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from ..rules import Clippy, Rule
-from . import Steps, eager
+from . import Steps, eager, perturbation
 
 if importlib.util.find_spec("triton") is None:
     raise ImportError(
         "tensors on a GPU need Triton, which CUDA builds of torch bring along on Linux; "
         "install it with `pip install triton`"
     )
-from . import triton_apply, triton_combine, triton_search
+from . import triton_apply, triton_combine, triton_perturb, triton_search
 
 GRAD_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -238,6 +238,21 @@ def combine(grads: Tensor, weights: Tensor, out: Tensor) -> None:
     _check("weights", weights, (len(grads),), torch.float64, grads)
     _check("out", out, (grads.shape[1],), grads.dtype, grads)
     triton_combine.combine(grads, weights, out)
+
+
+def perturb(
+    params: Tensor,
+    out: Tensor,
+    *,
+    scale: Tensor,
+    direction: Tensor | None = None,
+    seed: int | None = None,
+    offset: int = 0,
+    distribution: str = "gaussian",
+) -> None:
+    """out_r <- params + scale_r u_r."""
+    perturbation.check(params, out, scale, direction, seed, offset, distribution)
+    triton_perturb.perturb(params, out, scale, direction, seed, offset, distribution)
 
 
 def all_finite(tensor: Tensor) -> bool:

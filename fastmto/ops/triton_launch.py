@@ -17,6 +17,7 @@ class Tiling(NamedTuple):
     warps      warps a program
     programs   most programs along P; None: one a block
     registers  most registers a thread, so that as many programs as planned share a multiprocessor
+    fuse       let the compiler contract products and sums; not where every bit is promised
     flush      blocks summed in the working precision before they join a float64 sum
     tile       rows of a Gram tile; None: pairs
     """
@@ -27,6 +28,7 @@ class Tiling(NamedTuple):
     registers: int | None = None
     flush: int = 1
     tile: int | None = None
+    fuse: bool = True
 
 
 def working_type(grads: Tensor) -> Any:
@@ -92,4 +94,8 @@ def launch(
 def options(tiling: Tiling) -> dict[str, Any]:
     """Triton's compiler options. Contraction to fused multiply-adds is asked for by name, as its
     default changes with Triton's versions."""
-    return {"num_warps": tiling.warps, "maxnreg": tiling.registers, "enable_fp_fusion": True}
+    return {
+        "num_warps": tiling.warps,
+        "maxnreg": tiling.registers,
+        "enable_fp_fusion": tiling.fuse,
+    }
