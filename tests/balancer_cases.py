@@ -30,7 +30,7 @@ class BalancerCase:
         level: "loss": `.grad` is the gradient of sum_i w_i L_i everywhere; "gradient": on the
             shared parameters only.
         equivariant: tasks in another order get their weights in that order.
-        low: what the message says of a loss of -1, None where it is welcome.
+        low: what a loss-level method says of a loss of -1, None where it is welcome.
     """
 
     key: str
@@ -77,6 +77,19 @@ CASES = [
         equivariant=False,
         low="must be > 0: LDCMTL takes its logarithm",
     ),
+    BalancerCase("mgda", level="gradient"),
+    BalancerCase("mgda", {"normalization": "loss+"}, "loss+", level="gradient"),
+    BalancerCase("pcgrad", level="gradient", equivariant=False),
+    BalancerCase("graddrop", level="gradient"),
+    BalancerCase("cagrad", level="gradient"),
+    BalancerCase("imtl_g", level="gradient"),
+    BalancerCase("imtl", level="gradient"),
+    BalancerCase("nashmtl", level="gradient"),
+    BalancerCase("upgrad", level="gradient"),
+    BalancerCase("dualproj", level="gradient"),
+    BalancerCase("fairgrad", {"alpha": 0.5}, level="gradient"),
+    BalancerCase("aligned_mtl", level="gradient"),
+    BalancerCase("db_mtl", level="gradient"),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 

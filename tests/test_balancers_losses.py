@@ -7,6 +7,7 @@ import importlib.util
 import pickle
 import sys
 import types
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -705,11 +706,14 @@ def test_losses_that_are_not_finite(case: BalancerCase, bad: float) -> None:
     blind = World(case.build(on_nonfinite="ignore"))
     losses = blind.losses(0)
     losses[0] = losses[0] * bad
-    blind.balancer.backward(losses, **blind.arguments(0))
+    searching = case.level == "gradient" and case.key not in ("graddrop", "db_mtl")
+    held = pytest.warns(RuntimeWarning, match="weights held: no .* not_finite")
+    with held if searching else nullcontext():
+        blind.balancer.backward(losses, **blind.arguments(0))
     assert blind.balancer.stats["steps"] == 1
 
 
-@every_case
+@losses_cases
 def test_low_losses_are_named_where_a_logarithm_is_taken(case: BalancerCase) -> None:
     world = World(case.build())
     names = dict_of("a", "b", "c")
@@ -729,7 +733,7 @@ def test_low_losses_are_named_where_a_logarithm_is_taken(case: BalancerCase) -> 
 def test_weights_are_of_float32_at_least(case: BalancerCase, dtype: torch.dtype) -> None:
     world = World(case.build(), dtype=dtype)
     for w in world.run(range(3)):
-        assert w.dtype == torch.float32
+        assert w.dtype == (torch.float32 if case.level == "loss" else torch.float64)
         assert w.isfinite().all()
     assert all(p.grad.dtype == dtype for p in world.parameters)
 

@@ -103,7 +103,12 @@ class Buffers:
         applied[list(active)] = weights[list(active)]
         applied = applied.to(self.device)
         for task_rows, out in zip(rows, self.joint_rows, strict=True):
-            self._backend.combine(task_rows, applied, out)
+            if task_rows.dtype == out.dtype:
+                self._backend.combine(task_rows, applied, out)
+            else:  # 16-bit parameters beside rows of state
+                wide = torch.empty_like(out, dtype=task_rows.dtype)
+                self._backend.combine(task_rows, applied, wide)
+                out.copy_(wide)
 
     def finite(self, row: int) -> bool:
         """Whether a row of gradients is finite; waits for the device."""
