@@ -504,9 +504,9 @@ def test_copies_are_kept_between_steps() -> None:
     theta = parameter((1.0, 2.0))
     balancer = MARIGOLD()
     balancer.backward(CASE(theta), [theta], closure=lambda: CASE(theta))
-    first = balancer._copies
+    first = balancer._probe.copies
     balancer.backward(CASE(theta), [theta], closure=lambda: CASE(theta))
-    assert balancer._copies is first
+    assert balancer._probe.copies is first
     assert first.n_rows == 1  # sequential: one copy of the parameters and no more
     assert isinstance(first, Copies)
     assert sum(rows.shape[0] for rows in first.rows) == 1

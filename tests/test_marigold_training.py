@@ -136,7 +136,7 @@ def test_copies_pickles_and_reset() -> None:
         balancer.backward(CASE(theta), [theta], closure=lambda: CASE(theta))
     for twin in (copy.deepcopy(balancer), pickle.loads(pickle.dumps(balancer))):
         assert torch.equal(twin.lambda_, balancer.lambda_)
-        assert twin._copies is None
+        assert twin._probe.copies is None
         twin.backward(CASE(theta), [theta], closure=lambda: CASE(theta))
     balancer.reset()
     assert balancer.n_tasks is None
@@ -158,7 +158,7 @@ def test_parameters_in_a_flat_buffer(estimator: str) -> None:
             ends.append(info.next_lambda)
         if buffer is not None:
             buffer.check("shared parameter", grads=True)
-            (copies,) = [balancer._copies]
+            (copies,) = [balancer._probe.copies]
             assert copies._live(copies.layouts[0]).data_ptr() == buffer.data.data_ptr()
     assert all(torch.allclose(end, ends[0], rtol=1e-6) for end in ends[1:])
 
@@ -170,7 +170,7 @@ def test_frozen_rows_of_neighbours_are_no_flat_buffer() -> None:
     losses = lambda: torch.stack([a.square().sum() + b.sum(), (a * b).sum()])  # noqa: E731
     balancer = MARIGOLD(estimator="directions", criterion=lambda gram: torch.ones(2))
     _, info = balancer.backward(losses(), [a, b], closure=losses)
-    assert balancer._copies._live(balancer._copies.layouts[0]) is None
+    assert balancer._probe.copies._live(balancer._probe.copies.layouts[0]) is None
     assert info.gram.isfinite().all()
 
 
@@ -234,4 +234,4 @@ def test_census_is_not_behind_equal_weighting(shared_dir: Path) -> None:
         model.eval()
         found = evaluate(model, data.tasks, data.test)
         scores[name] = sum(found.values()) / len(found)
-    assert scores["marigold"] >= scores["equal"] - 2e-3
+    assert scores["marigold"] >= scores["equal"] - 5e-4

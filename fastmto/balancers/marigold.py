@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,25 +15,18 @@ from .. import weightings
 from ..errors import NonFiniteError, SolverError, warn
 from ..task_gradients import Losses, as_list
 from ..weightings import Weighting
-from ..zeroth_order.estimators import directions_gram, narrowest, relative_steps, span_gram
-from ..zeroth_order.evaluations import Along, Evaluated, Evaluations, Random
 from ..zeroth_order.functional import FunctionalClosure
 from ..zeroth_order.joint import Joint, backward, joint_backward
 from ..zeroth_order.known_vectors import KnownVectors
-from ..zeroth_order.perturb import Copies, check_displaceable, check_step
+from ..zeroth_order.options import DIRECTIONS_A_TASK, GramCriterion, Options
+from ..zeroth_order.perturb import Copies, check_displaceable
+from ..zeroth_order.probe import Point, Probe
 from ..zeroth_order.replay import RandomState, Replay
-from ..zeroth_order.simplex_rules import Descent, FamoRule, Mirror, Projected, SimplexRule
-from .base import Balancer, Batch, Info, check_choice, check_number
+from ..zeroth_order.simplex_rules import FamoRule, Mirror, Projected, SimplexRule
+from .base import Balancer, Batch, Info
 
-ESTIMATORS = ("forward", "central", "reuse", "directions", "span")
-CRITERIA = ("mgda", "famo", "bargaining", "imtl_g", "cagrad", "fairgrad")
-DISTRIBUTIONS = ("gaussian", "rademacher", "sphere")
-#: Directions a task where `n_directions` is not given.
-DIRECTIONS_A_TASK = 4
 #: What `MARIGOLD.stats` counts beyond the base's.
 STATS = ("evaluations", "dropped", "stationary")
-
-GramCriterion = Callable[[Tensor], Tensor]
 
 
 class MarigoldInfo(Info):
@@ -165,6 +158,8 @@ class MARIGOLD(Balancer):
             stops a step: the estimate is dropped and counted, lambda keeps its value.
 
     Attributes:
+        options: the settings as they came out.
+        last_derivatives: y (n,) of the last estimate along d; None before.
         lambda_: (T,) float64, the simplex weights that the next step is made with.
         weights: (T,) what the losses were multiplied by in the last step.
         stats: beyond `Balancer`'s: evaluations of the closure, dropped estimates, stationary
@@ -216,92 +211,44 @@ class MARIGOLD(Balancer):
                 f"{update_every!r} and {update_weights_every!r}"
             )
         every = update_weights_every if update_every is None else update_every
-        famo = isinstance(criterion, str) and criterion == "famo"
-        if isinstance(criterion, str):
-            check_choice("criterion", criterion, CRITERIA)
-        elif not callable(criterion):
-            raise ValueError(f"criterion must be a name or a callable, got {criterion!r}")
-        if estimator is None:
-            estimator = "reuse" if famo else "central"
-        check_choice("estimator", estimator, ESTIMATORS)
-        check_choice("lambda_update", lambda_update, ("mirror", "projected"))
-        check_choice("distribution", distribution, DISTRIBUTIONS)
-        check_choice("difference", difference, ("forward", "central"))
-        check_choice("span", span, ("gradients", "steps"))
-        check_choice("evaluation", evaluation, ("sequential", "batched"))
-        check_choice("on_failure", on_failure, ("hold", "raise"))
-        by_gram = estimator in ("directions", "span")
-        if famo and estimator != "reuse":
-            raise ValueError(f"estimator must be 'reuse' with criterion='famo', got {estimator!r}")
-        if not by_gram and not (famo or criterion == "mgda"):
-            raise ValueError(
-                "estimator must be 'directions' or 'span' with a criterion that needs a Gram "
-                f"matrix ({criterion!r}), got {estimator!r}"
-            )
-        if mu is not None and relative_step is not None:
-            raise ValueError(f"mu and relative_step exclude each other, got {mu}, {relative_step}")
-        for name, value in (
-            ("beta", beta), ("lambda_step", lambda_step), ("relative_step", relative_step),
-            ("mu", mu), ("step_size", step_size),
-        ):  # fmt: skip
-            if value is not None:
-                check_number(name, value, 0, open_low=True)
-        for name, count in (("n_directions", n_directions), ("span_refresh", span_refresh)):
-            if count is not None and (type(count) is not int or count < 1):
-                raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
-        if type(seed) is not int or not 0 <= seed < 2**31:
-            raise ValueError(f"seed must be an integer in [0, 2^31), got {seed!r}")
-        if ema is None:
-            ema = 0.9 if lambda_update == "mirror" and not by_gram else 0.0
-        if not 0 <= ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {ema!r}")
-        if preference is not None:
-            preference = [check_number("preference", p, 0, open_low=True) for p in preference]
-            if famo or not isinstance(criterion, str):
-                raise ValueError(
-                    "preference must be None with criterion='famo' or a callable criterion, which "
-                    f"takes its own, got {preference}"
-                )
-            n_tasks = len(preference) if n_tasks is None else n_tasks
-        if min_losses is not None:
-            min_losses = [check_number("min_losses", float(x), -math.inf) for x in min_losses]
-            if not (log_losses or famo):
-                raise ValueError("min_losses must be None without log_losses or criterion='famo'")
-            n_tasks = len(min_losses) if n_tasks is None else n_tasks
-        for name, per_task in (("preference", preference), ("min_losses", min_losses)):
-            if per_task is not None and len(per_task) != n_tasks:
-                raise ValueError(f"{name} must hold {n_tasks} numbers, got {len(per_task)}")
-        self.criterion = criterion
-        self.estimator = estimator
-        self.lambda_update = lambda_update
-        self.beta = beta or (2.0 if lambda_update == "mirror" else 1.0)
-        self.lambda_step = lambda_step
-        self.ema = ema
-        self.relative_step = relative_step
-        self.mu = mu
-        if forward_dtype is not None:
-            relative_steps("forward", forward_dtype)  # refuses what is not in the table
-        self.forward_dtype = forward_dtype
-        self.step_size = step_size
-        self.n_directions = n_directions
-        self.distribution = distribution
-        self.difference = difference
-        self.seed = seed
-        self.span = span
-        self.span_refresh = span_refresh
-        self.preference = preference
-        self.log_losses = log_losses or famo
-        self.min_losses = min_losses
-        self.famo_lr = check_number("famo_lr", famo_lr, 0, open_low=True)
-        self.famo_gamma = check_number("famo_gamma", famo_gamma, 0)
-        self.evaluation = evaluation
-        self.debug = debug
-        self.on_failure = on_failure
-        self._famo = famo
-        self._weighting = _as_weighting(criterion, preference) if by_gram else None
-        super().__init__(
-            n_tasks, update_weights_every=1 if every is None else every, on_nonfinite=on_nonfinite
+        self.options = Options(
+            criterion=criterion,
+            estimator=estimator,
+            lambda_update=lambda_update,
+            beta=beta,
+            lambda_step=lambda_step,
+            ema=ema,
+            relative_step=relative_step,
+            mu=mu,
+            forward_dtype=forward_dtype,
+            step_size=step_size,
+            n_directions=n_directions,
+            distribution=distribution,
+            difference=difference,
+            seed=seed,
+            span=span,
+            span_refresh=span_refresh,
+            preference=preference,
+            log_losses=log_losses,
+            min_losses=min_losses,
+            famo_lr=famo_lr,
+            famo_gamma=famo_gamma,
+            evaluation=evaluation,
+            debug=debug,
+            on_failure=on_failure,
         )
+        self._weighting = _weighting(self.options) if self.options.by_gram else None
+        super().__init__(
+            self.options.n_tasks(n_tasks),
+            update_weights_every=1 if every is None else every,
+            on_nonfinite=on_nonfinite,
+        )
+
+    @property
+    def estimator(self) -> str:
+        """The name of the estimator."""
+        assert self.options.estimator is not None
+        return self.options.estimator
 
     @property
     def update_every(self) -> int:
@@ -309,8 +256,7 @@ class MARIGOLD(Balancer):
         return self.update_weights_every
 
     def reset(self) -> None:
-        self._copies: Copies | None = None
-        self._precision = self.forward_dtype
+        self._probe = Probe(self.options)
         self._recorded: RandomState | None = None
         self._reuse: _Reuse | None = None
         self.last_derivatives: Tensor | None = None
@@ -321,22 +267,23 @@ class MARIGOLD(Balancer):
 
     def _set_tasks(self, n_tasks: int) -> None:
         super()._set_tasks(n_tasks)
-        for name in ("preference", "min_losses"):
-            per_task = getattr(self, name)
-            if per_task is not None and len(per_task) != n_tasks:
-                raise ValueError(f"{name} must hold {n_tasks} numbers, got {len(per_task)}")
+        options = self.options
+        options.n_tasks(n_tasks)
         self.weights = torch.full((n_tasks,), 1 / n_tasks, dtype=torch.float64)
+        self._lambda = self.weights.clone()
         self._rule: SimplexRule
-        if self._famo:
-            self._rule = FamoRule(n_tasks, self.famo_lr, self.famo_gamma)
+        assert options.beta is not None
+        assert options.ema is not None
+        if options.famo:
+            self._rule = FamoRule(n_tasks, options.famo_lr, options.famo_gamma)
         else:
-            kind: type[Descent] = Mirror if self.lambda_update == "mirror" else Projected
-            self._rule = kind(n_tasks, self.beta, self.lambda_step, self.ema)
+            kind = Mirror if options.lambda_update == "mirror" else Projected
+            self._rule = kind(n_tasks, options.beta, options.lambda_step, options.ema)
         self._scale = torch.ones(n_tasks, dtype=torch.float64)  # F_i = f_i / scale_i
-        if self.preference is not None and self.criterion != "bargaining":
-            self._scale = torch.tensor(self.preference, dtype=torch.float64)
+        if options.preference is not None and options.criterion != "bargaining":
+            self._scale = torch.tensor(options.preference, dtype=torch.float64)
             self._scale /= self._scale.mean()
-        self._minima = torch.tensor(self.min_losses or [0.0] * n_tasks, dtype=torch.float64)
+        self._minima = torch.tensor(options.min_losses or [0.0] * n_tasks, dtype=torch.float64)
         self._gram = torch.full((n_tasks, n_tasks), math.nan, dtype=torch.float64)
         self._estimates = 0  # estimates begun: they number the random directions
         self._known = KnownVectors()
@@ -347,7 +294,7 @@ class MARIGOLD(Balancer):
         """(T,) float64, the weights that the next step is made with."""
         if self.weights is None:
             raise RuntimeError("lambda_ needs the number of tasks: give n_tasks, or call backward")
-        return self._rule.lambda_
+        return self._lambda
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -385,7 +332,7 @@ class MARIGOLD(Balancer):
             )
         losses = batch.losses
         # Reading the losses waits for the device: not between two estimates.
-        reads = searches or self.log_losses
+        reads = searches or self.options.log_losses
         values = losses.to("cpu", torch.float64) if reads else torch.empty(0)
         own = self._loss_weights(batch.tasks, values)
         weights = own.to(losses.device, losses.dtype, non_blocking=True)
@@ -397,14 +344,14 @@ class MARIGOLD(Balancer):
         info.estimator = self.estimator
         if searches:
             self._search(batch, values, joint, info)
-        info.next_lambda = self._rule.lambda_
+        info.next_lambda = self._lambda
         if self._reuse is None:
             self._recorded = None
         return weights @ losses, info
 
     def _check(self, batch: Batch) -> None:
         """Refuse a call that the estimator cannot work with, before anything is written."""
-        needs_shared = self.estimator != "reuse" or not self._famo
+        needs_shared = not self.options.famo
         if batch.shared is None and needs_shared:
             raise ValueError(
                 "shared_parameters must be given to MARIGOLD.backward with "
@@ -417,7 +364,9 @@ class MARIGOLD(Balancer):
                 "closure must be given to MARIGOLD.backward with "
                 f"estimator={self.estimator!r}: it recomputes the losses on the same batch"
             )
-        if self.evaluation == "batched" and not isinstance(batch.closure, FunctionalClosure):
+        if self.options.evaluation == "batched" and not isinstance(
+            batch.closure, FunctionalClosure
+        ):
             raise ValueError(
                 "closure must be a fastmto.FunctionalClosure with evaluation='batched', got "
                 f"{type(batch.closure).__name__}"
@@ -425,8 +374,8 @@ class MARIGOLD(Balancer):
 
     def _loss_weights(self, tasks: list[int], values: Tensor) -> Tensor:
         """What the n present losses are multiplied by: lambda_i dF_i/df_i."""
-        weights = self._rule.lambda_[tasks] / self._scale[tasks]
-        if self.log_losses:
+        weights = self._lambda[tasks] / self._scale[tasks]
+        if self.options.log_losses:
             above = values - self._minima[tasks]
             low = (~(above > 0)).nonzero()
             if len(low):
@@ -436,24 +385,23 @@ class MARIGOLD(Balancer):
                     f"logarithm is balanced, got {float(values[k]):g}"
                 )
             weights = weights / above
-        return weights / weights.sum() if self._famo else weights
+        return weights / weights.sum() if self.options.famo else weights
 
     def _transformed(self, tasks: list[int], values: Tensor) -> Tensor:
         """F (..., n) from losses f (..., n), float64; NaN where there is no logarithm."""
-        if self.log_losses:
+        if self.options.log_losses:
             values = (values - self._minima[tasks]).log()
         return values / self._scale[tasks]
 
     def _joint_gradient(self, batch: Batch, weights: Tensor, searches: bool) -> Joint | None:
         """The backward of the step; its gradient where an estimate needs it."""
-        shared, assigned = batch.shared, self.weights
-        assert assigned is not None
-        if searches and self.estimator == "span" and self.span == "gradients":
+        shared = batch.shared
+        if searches and self.estimator == "span":
             assert shared is not None
             self._known.bind(shared)
-            age = self._estimates - self._refreshed
-            if len(self._known) == 0 or age >= self.span_refresh:
-                self._known.take_gradients(batch.present, batch.tasks, len(assigned), shared)
+            old = self._estimates - self._refreshed >= self.options.span_refresh
+            if self.options.span == "gradients" and (len(self._known) == 0 or old):
+                self._known.take_gradients(batch.present, batch.tasks, len(self._lambda), shared)
                 self.stats["backwards"] += len(batch.tasks)
                 self._refreshed = self._estimates
         self.stats["backwards"] += 1
@@ -468,47 +416,64 @@ class MARIGOLD(Balancer):
         """Estimate, then move lambda; for "reuse", remember what `update` will need."""
         self.stats["searches"] += 1
         self._estimates += 1
-        if joint is not None and not math.isfinite(joint.length):
+        length = 1.0 if joint is None else joint.length
+        if not math.isfinite(length):
             self._drop("the gradient is not finite", info)
         elif self.estimator == "reuse":
-            self._remember(batch, values, 1.0 if joint is None else joint.length)
-        elif self.estimator == "directions":
-            self._take_up_gram(batch, self._random_gram(batch, values, info), info)
-        elif self.estimator == "span":
-            assert joint is not None
-            self._take_up_gram(batch, self._span_gram(batch, values, joint, info), info)
-        elif joint is None or joint.length == 0:
+            copies = None
+            if not self.options.famo and self.options.step_size is None:
+                assert batch.shared is not None
+                copies = self._probe.copies_for(batch.shared, 1)
+                copies.displace(0, [None] * len(copies.parameters), 0.0)
+            start = self._transformed(batch.tasks, values)
+            self._reuse = _Reuse(batch.tasks, start, length, copies)
+        elif length == 0 and not self.options.by_gram:
             self.stats["stationary"] += 1
             self._found = True
         else:
-            y = self._along(batch, values, joint, info)
-            if self._take_up(y, joint.length**2, batch.tasks, info):
-                info.derivatives = y
+            assert joint is not None
+            self._estimate(batch, self._point(batch, values), joint, info)
 
-    def _along(self, batch: Batch, values: Tensor, joint: Joint, info: MarigoldInfo) -> Tensor:
-        """y (n,) by a forward or central difference along d."""
-        central = self.estimator == "central"
-        copies = self._copies_for(batch, 2 if central else 1)
-        info.step = h = self._step(copies, joint.length, self.estimator, batch)
-        mu = h / joint.length
-        points = Along([joint.direction], [mu, -mu] if central else [mu])
-        found = self._evaluate(batch, values, copies, points, info)
-        shifts = [along / joint.length**2 for along in found.along]
-        if central:
-            return (found.values[0] - found.values[1]) / (shifts[0] - shifts[1])
-        return (found.values[0] - self._transformed(batch.tasks, values)) / shifts[0]
+    def _point(self, batch: Batch, values: Tensor) -> Point:
+        tasks, shared, closure = batch.tasks, batch.shared, batch.closure
+        assert shared is not None
+        assert closure is not None
+        return Point(
+            batch.present,
+            values,
+            shared,
+            closure,
+            read=lambda losses: self._read(losses, tasks, "closure's losses"),
+            transform=lambda losses: self._transformed(tasks, losses),
+            label=lambda k: self._label(tasks[k]),
+            start=self._recorded,
+        )
 
-    def _take_up(
-        self, y: Tensor, squared: float, tasks: list[int], info: MarigoldInfo | None
-    ) -> bool:
-        """Move lambda by the derivatives y (n,); whether they were finite."""
-        if not bool(y.isfinite().all()):
+    def _estimate(self, batch: Batch, point: Point, joint: Joint, info: MarigoldInfo) -> None:
+        """Evaluate the closure at displaced parameters, and move lambda by what it gives."""
+        probe, options, n_tasks = self._probe, self.options, len(self._lambda)
+        try:
+            if self.estimator == "directions":
+                count = options.n_directions or DIRECTIONS_A_TASK * n_tasks
+                found = probe.random_gram(point, (self._estimates - 1) * count, count)
+            elif self.estimator == "span":
+                if options.span == "steps":
+                    most = options.n_directions or n_tasks
+                    self._known.append(joint.direction, point.shared, most)
+                found = probe.span_gram(point, self._known)
+            else:
+                found = probe.along(point, joint)
+        finally:
+            self.stats["evaluations"] += probe.count
+        info.evaluation, info.evaluations = options.evaluation, probe.count
+        info.step = probe.step
+        if not bool(found.isfinite().all()):
             self._drop("a displaced loss is not finite", info)
-            return False
-        self._rule.move(y, squared, tasks)
-        self._found = True
-        self.last_derivatives = y
-        return True
+        elif options.by_gram:
+            self._solve(found, batch.tasks, info)
+        else:
+            info.derivatives = found
+            self._move(found, joint.length**2, batch.tasks)
 
     def _drop(self, why: str, info: MarigoldInfo | None) -> None:
         self.stats["dropped"] += 1
@@ -516,105 +481,47 @@ class MARIGOLD(Balancer):
             info.dropped = why
         warn(f"estimate dropped: {why}; lambda keeps its value (stats['dropped'])")
 
-    def _random_gram(self, batch: Batch, values: Tensor, info: MarigoldInfo) -> Tensor:
-        """G_hat (n, n) of the F_i from random directions."""
-        assert self.weights is not None
-        count = self.n_directions or DIRECTIONS_A_TASK * len(self.weights)
-        sides = 2 if self.difference == "central" else 1
-        copies = self._copies_for(batch, count * sides)
-        radius = math.sqrt(copies.numel)  # E ||u||^2 = P
-        info.step = h = self._step(copies, radius, self.difference, batch)
-        mu = h / radius
-        first = (self._estimates - 1) * count
-        scales = [mu, -mu] if self.difference == "central" else [mu]
-        points = Random(scales, self.seed, first, count, self.distribution)
-        found = self._evaluate(batch, values, copies, points, info)
-        shifts = torch.full((count,), mu, dtype=torch.float64)
-        return directions_gram(self._slopes(batch, values, found, shifts))
+    def _move(self, y: Tensor, squared: float, tasks: list[int]) -> None:
+        """lambda by the derivatives y (n,)."""
+        self._lambda = self._rule.move(self._lambda, y, squared, tasks)
+        self._found = True
+        self.last_derivatives = y
 
-    def _span_gram(self, batch: Batch, values: Tensor, joint: Joint, info: MarigoldInfo) -> Tensor:
-        """G_hat (n, n) of the F_i from the known vectors."""
-        shared = batch.shared
-        assert shared is not None
-        assert self.weights is not None
-        if self.span == "steps":
-            self._known.bind(shared)
-            most = self.n_directions or len(self.weights)
-            self._known.append(joint.direction, shared, most)
-        inner = self._known.inner()
-        used = (inner.diagonal() > 0).nonzero().flatten()
-        if len(used) == 0:
-            return torch.zeros(len(batch.tasks), len(batch.tasks), dtype=torch.float64)
-        inner = inner[used][:, used]
-        squares = inner.diagonal()
-        signs = (1, -1) if self.difference == "central" else (1,)
-        copies = self._copies_for(batch, len(used) * len(signs))
-        info.step = h = self._step(copies, 1.0, self.difference, batch)
-        points = Along(
-            [self._known.vectors[k] for k in used.tolist()],
-            [sign * h / math.sqrt(square) for sign in signs for square in squares.tolist()],
-        )
-        found = self._evaluate(batch, values, copies, points, info)
-        along = torch.tensor(found.along, dtype=torch.float64).view(len(signs), -1)
-        shifts = (along[0] if len(signs) == 1 else (along[0] - along[1]) / 2) / squares
-        return span_gram(self._slopes(batch, values, found, shifts), inner)
-
-    def _slopes(self, batch: Batch, values: Tensor, found: Evaluated, shifts: Tensor) -> Tensor:
-        """(R, n) derivatives along R directions; central differences have the minus side last."""
-        if self.difference == "forward":
-            change = found.values - self._transformed(batch.tasks, values)
-            return change / shifts[:, None]
-        plus, minus = found.values.chunk(2)
-        return (plus - minus) / (2 * shifts[:, None])
-
-    def _take_up_gram(self, batch: Batch, gram: Tensor, info: MarigoldInfo) -> None:
-        """Put lambda where the criterion says for the Gram matrix, averaged with earlier ones."""
-        if not bool(gram.isfinite().all()):
-            self._drop("a displaced loss is not finite", info)
-            return
-        n = len(gram)
-        rows = torch.tensor(batch.tasks)
+    def _solve(self, gram: Tensor, tasks: list[int], info: MarigoldInfo) -> None:
+        """lambda where the criterion says for the Gram matrix, averaged with earlier ones."""
+        ema, weighting = self.options.ema, self._weighting
+        assert ema is not None
+        assert weighting is not None
+        rows = torch.tensor(tasks)
         block = (rows[:, None], rows[None, :])
         before = self._gram[block]
-        gram = torch.where(before.isnan(), gram, self.ema * before + (1 - self.ema) * gram)
+        gram = torch.where(before.isnan(), gram, ema * before + (1 - ema) * gram)
         self._gram = self._gram.clone()
         self._gram[block] = gram
         info.gram = gram
         try:
-            if isinstance(self._weighting, Weighting):
-                everyone = n == len(self._gram)
-                found = self._weighting(gram, None if everyone else batch.tasks)
+            if isinstance(weighting, Weighting):
+                found = weighting(gram, None if len(tasks) == len(self._gram) else tasks)
             else:
-                assert self._weighting is not None
-                found = self._weighting(gram.clone())
+                found = torch.as_tensor(weighting(gram.clone()))
         except SolverError as error:
-            if self.on_failure == "raise":
+            if self.options.on_failure == "raise":
                 raise
             self.stats["held"] += 1
             info.status = error.status
             warn(f"weights held: {error} (stats['held'])")
             return
-        info.result = getattr(self._weighting, "result", None)
+        info.result = getattr(weighting, "result", None)
         info.status = getattr(info.result, "status", None)
-        found = torch.as_tensor(found).detach().to("cpu", torch.float64)
-        if found.shape != (n,) or not bool(found.isfinite().all()):
+        found = found.detach().to("cpu", torch.float64)
+        if found.shape != (len(tasks),) or not bool(found.isfinite().all()):
             raise ValueError(
-                f"criterion must return {n} finite weights, got {found.tolist()} of shape "
-                f"{tuple(found.shape)}"
+                f"criterion must return {len(tasks)} finite weights, got {found.tolist()} of "
+                f"shape {tuple(found.shape)}"
             )
-        lambda_ = self._rule.lambda_.clone()
-        lambda_[batch.tasks] = found
-        self._rule.set(lambda_)
+        self._lambda = self._lambda.clone()
+        self._lambda[tasks] = found
         self._found = True
-
-    def _remember(self, batch: Batch, values: Tensor, length: float) -> None:
-        """Keep what "reuse" needs of this point."""
-        copies = None
-        if not self._famo and self.step_size is None:
-            copies = self._copies_for(batch, 1)
-            copies.displace(0, [None] * len(copies.parameters), 0.0)
-        start = self._transformed(batch.tasks, values)
-        self._reuse = _Reuse(batch.tasks, start, length, copies)
 
     def update(self, losses: Losses) -> None:
         """Take the losses after the optimizer's step on the same batch, for estimator="reuse".
@@ -644,89 +551,17 @@ class MARIGOLD(Balancer):
             self.stats["stationary"] += 1
             self._found = True
             return
-        eta = 1.0 if self._famo else self.step_size
+        change = before.values - self._transformed(before.tasks, values)
+        eta = 1.0 if self.options.famo else self.options.step_size
         if eta is None:
             assert before.copies is not None
             eta = before.copies.distance(0) / before.length
-            if eta == 0:
-                self._drop("the optimizer's step moved no shared parameter", None)
-                return
-        change = before.values - self._transformed(before.tasks, values)
-        self._take_up(change / eta, before.length**2, before.tasks, None)
-
-    def _copies_for(self, batch: Batch, points: int) -> Copies:
-        """The buffers of this estimate: those of the last one if they fit."""
-        assert batch.shared is not None
-        n_rows = points if self.evaluation == "batched" else 1
-        if self._copies is None or not self._copies.fits(batch.shared, n_rows):
-            self._copies = Copies(batch.shared, n_rows)
-        return self._copies
-
-    def _step(self, copies: Copies, unit: float, difference: str, batch: Batch) -> float:
-        """h = mu * unit, checked against the parameters' resolution."""
-        length = copies.norm()
-        dtype = max((x.dtype for x in copies.layouts), key=lambda d: torch.finfo(d).eps)
-        if self._precision is None:
-            self._precision = narrowest(batch.present, dtype)
-        if self.mu is not None:
-            check_step(self.mu * unit, length, dtype, "mu", unit)
-            return self.mu * unit
-        relative = self.relative_step or relative_steps(difference, self._precision)
-        scale = length or 1.0
-        check_step(relative * scale, length, dtype, "relative_step", scale)
-        return relative * scale
-
-    def _evaluate(
-        self,
-        batch: Batch,
-        values: Tensor,
-        copies: Copies,
-        points: Along | Random,
-        info: MarigoldInfo,
-    ) -> Evaluated:
-        """F at all points."""
-        tasks, closure = batch.tasks, batch.closure
-        assert closure is not None
-        evaluations = Evaluations(
-            closure,
-            lambda losses: self._read(losses, tasks, "closure's losses"),
-            copies,
-            self._recorded,
-        )
-        batched = self.evaluation == "batched"
-        try:
-            found = evaluations.batched(points) if batched else evaluations.sequential(points)
-            if self.debug:
-                self._repeat(evaluations, values, points, found.values[0], tasks)
-        finally:
-            self.stats["evaluations"] += evaluations.count
-        info.evaluation, info.evaluations = self.evaluation, evaluations.count
-        return Evaluated(self._transformed(tasks, found.values), found.along)
-
-    def _repeat(
-        self,
-        evaluations: Evaluations,
-        values: Tensor,
-        points: Along | Random,
-        displaced: Tensor,
-        tasks: list[int],
-    ) -> None:
-        """One evaluation more: at the parameters themselves where the given losses take part in
-        the estimate, otherwise at its first point again."""
-        by_gram = self.estimator in ("directions", "span")
-        given = (self.difference if by_gram else self.estimator) == "forward"
-        first = values if given else displaced
-        eps = torch.finfo(self._precision or torch.float32).eps
-        task = evaluations.repeat(None if given else points, first, eps)
-        if task is not None:
-            was = "given to backward as" if given else "evaluated to"
-            raise ValueError(
-                "closure must give the same losses whenever it is called at the same parameters: "
-                f"{self._label(tasks[task])} was {was} {float(first[task]):.9g}, then evaluated "
-                f"to {float(evaluations.again[task]):.9g}. Another batch, another autocast, "
-                "random numbers of other generators than torch's, or losses given to backward "
-                "that were not computed inside recording()?"
-            )
+        if eta == 0:
+            self._drop("the optimizer's step moved no shared parameter", None)
+        elif not bool(change.isfinite().all()):
+            self._drop("a loss after the step is not finite", None)
+        else:
+            self._move(change / eta, before.length**2, before.tasks)
 
     def _read(self, returned: Losses, tasks: list[int], what: str) -> Tensor:
         """(n,) of the present tasks from what a closure returned."""
@@ -750,12 +585,13 @@ class MARIGOLD(Balancer):
     def _state(self) -> dict[str, Any]:
         weighting = self._weighting.state_dict() if isinstance(self._weighting, Weighting) else {}
         return {
+            "lambda": self._lambda.clone(),
             "rule": self._rule.state_dict(),
             "gram": self._gram.clone(),
             "estimates": self._estimates,
             "refreshed": self._refreshed,
             "known": self._known.state_dict(),
-            "precision": self._precision,
+            "precision": self._probe.precision,
             "weighting": weighting,
         }
 
@@ -768,12 +604,13 @@ class MARIGOLD(Balancer):
                 f"state_dict must be of the same rule for lambda, which keeps "
                 f"{sorted(mine['rule'])}, got {sorted(state['rule'])}"
             )
+        self._lambda = state["lambda"].clone()
         self._rule.load_state_dict(state["rule"])
         self._gram = state["gram"].clone()
         self._estimates = state["estimates"]
         self._refreshed = state["refreshed"]
         self._known.load_state_dict(state["known"])
-        self._precision = state["precision"]
+        self._probe.precision = state["precision"]
         if isinstance(self._weighting, Weighting):
             self._weighting.load_state_dict(state["weighting"])
         self._reuse = None
@@ -781,32 +618,27 @@ class MARIGOLD(Balancer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold no buffers: they belong to another model's parameters."""
-        return {**self.__dict__, "_copies": None, "_reuse": None, "_recorded": None}
+        probe = Probe(self.options)
+        probe.precision = self._probe.precision
+        return {**self.__dict__, "_probe": probe, "_reuse": None, "_recorded": None}
 
     def _options(self) -> dict[str, Any]:
-        options: dict[str, Any] = {
-            "criterion": self.criterion,
-            "estimator": self.estimator,
-            "lambda_update": self.lambda_update,
-            "evaluation": self.evaluation,
-        }
+        names = ["criterion", "estimator", "lambda_update", "evaluation"]
         if self.estimator == "directions":
-            options |= {"n_directions": self.n_directions, "distribution": self.distribution}
-        return options
+            names += ["n_directions", "distribution"]
+        return {name: getattr(self.options, name) for name in names}
 
 
-def _as_weighting(
-    criterion: str | GramCriterion, preference: Sequence[float] | None
-) -> GramCriterion:
-    """The weighting of a criterion by its name."""
-    if not isinstance(criterion, str):
-        return criterion
-    if criterion == "bargaining":
-        return weightings.Bargaining(preference=preference)
+def _weighting(options: Options) -> GramCriterion:
+    """The weighting of a criterion."""
+    if not isinstance(options.criterion, str):
+        return options.criterion
+    if options.criterion == "bargaining":
+        return weightings.Bargaining(preference=options.preference)
     classes: dict[str, type[Weighting]] = {
         "mgda": weightings.MGDA,
         "imtl_g": weightings.IMTLG,
         "cagrad": weightings.CAGrad,
         "fairgrad": weightings.FairGrad,
     }
-    return classes[criterion]()
+    return classes[options.criterion]()
