@@ -110,18 +110,20 @@ class Trajectory:
     Args:
         points: (n, 2), the start first.
         losses: (n, 2), at those points.
-        seconds: that the steps took.
+        steps: how many were made.
+        seconds: of processor time that they took.
         stats: the optimizer's counts.
     """
 
     points: Tensor
     losses: Tensor
+    steps: int
     seconds: float
     stats: dict[str, int]
 
 
 def _point(x1: float, x2: float, s: float) -> tuple[list[float], list[list[float]]]:
-    """The losses at a point and their gradients, by hand: 20 times as fast as by autograd."""
+    """The losses at a point and their gradients, by hand: autograd on 2 numbers takes ages."""
     t, half = math.tanh(x2), math.tanh(x2 / 2)
     c1, c2 = max(half, 0.0), max(-half, 0.0)
     # At 0 both parts count, as in torch's clamp.
@@ -250,6 +252,7 @@ def run(
         start = STARTS[start]
     x = torch.nn.Parameter(torch.tensor(start, dtype=dtype))
     optimizer = optimizer_factory([x], [[], []])
+    balanced = optimizer if isinstance(optimizer, Balanced) else None
 
     def evaluate() -> list[Tensor]:
         x1, x2 = x.tolist()
@@ -261,14 +264,17 @@ def run(
     began = time.process_time()
     for step in range(1, steps + 1):
         optimizer.zero_grad()
-        values = _Losses.apply(x, s)  # type: ignore[no-untyped-call]
-        if isinstance(optimizer, Balanced):
-            optimizer.backward(values, x, evaluate)
-        else:
+        # The representation is the point itself; a node of its own where it is asked for.
+        features = x.view_as(x) if balanced is not None and balanced.at_features else None
+        here = x if features is None else features
+        values = _Losses.apply(here, s)  # type: ignore[no-untyped-call]
+        if balanced is None:
             optimizer.backward(torch.stack(values))
+        else:
+            balanced.backward(values, features, evaluate)
         optimizer.step()
-        if isinstance(optimizer, Balanced) and optimizer.looks_back:
-            optimizer.update(evaluate())
+        if balanced is not None and balanced.looks_back:
+            balanced.update(evaluate())
         if step % every == 0 or step == steps:
             points.append(x.detach().clone())
             if on_steps is not None:
@@ -276,7 +282,7 @@ def run(
             recorded = step
     seconds = time.process_time() - began
     trajectory = torch.stack(points)
-    return Trajectory(trajectory, losses(trajectory, s), seconds, dict(optimizer.stats))
+    return Trajectory(trajectory, losses(trajectory, s), steps, seconds, dict(optimizer.stats))
 
 
 @dataclass
@@ -296,15 +302,13 @@ class Row:
     @property
     def microseconds(self) -> float:
         """Processor time a step, mean over the finished runs."""
-        return 1e6 * sum(run.seconds for run in self.runs.values()) / self._count("steps")
+        runs = self.runs.values()
+        return 1e6 * sum(run.seconds for run in runs) / sum(run.steps for run in runs)
 
     @property
     def held(self) -> int:
-        """Searches without answer that kept the last weights, or steps that were skipped."""
-        return self._count("held") + self._count("skipped")
-
-    def _count(self, key: str) -> int:
-        return sum(run.stats.get(key, 0) for run in self.runs.values())
+        """Searches without answer that kept the last weights, and steps that were skipped."""
+        return sum(run.stats[key] for run in self.runs.values() for key in ("held", "skipped"))
 
     def final(self, start: str) -> tuple[float, float]:
         """f1 and f2 at the end of a finished run."""
@@ -330,15 +334,21 @@ class Row:
             "failure": self.failure,
             "runs": {
                 start: {
-                    "final": list(self.final(start)),
-                    "points": run.points.tolist(),
-                    "losses": run.losses.tolist(),
+                    "final": _plain(run.losses)[-1],
+                    "points": _plain(run.points),
+                    "losses": _plain(run.losses),
+                    "steps": run.steps,
                     "seconds": run.seconds,
                     "stats": run.stats,
                 }
                 for start, run in self.runs.items()
             },
         }
+
+
+def _plain(rows: Tensor) -> list[list[float | None]]:
+    """(n, 2) as lists; NaN becomes None, which JSON can say."""
+    return [[x if math.isfinite(x) else None for x in row] for row in rows.tolist()]
 
 
 def processors() -> int:

@@ -115,6 +115,7 @@ class Balanced:
 
     Attributes:
         looks_back: whether the method wants `update(losses)` after every step.
+        at_features: whether the method compares gradients at the features.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class Balanced:
         # MARIGOLD has the method, and refuses it with estimators that need no second look.
         estimator = getattr(balancer, "estimator", "reuse")
         self.looks_back = hasattr(balancer, "update") and estimator == "reuse"
+        self.at_features = getattr(balancer, "level", None) == "features"
 
     @property
     def stats(self) -> dict[str, int]:
