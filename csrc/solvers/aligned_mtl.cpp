@@ -20,7 +20,10 @@ struct Eigen {
   double* x;          // (ld) the vector that follows
   double* p;          // (ld) scratch
   double* rotations;  // cosine and sine of each rotation, in order
-  std::int32_t* at;   // (rotations) the first of its two rows
+  double* end;        // of them
+  std::int32_t* from;  // (sweeps) a sweep rotates rows from - 1 and from, ..., to and to + 1
+  std::int32_t* to;    // (sweeps)
+  int sweeps;
 };
 
 // a -> tridiagonal, by reflectors I - tau v v'; x <- Q'x.
@@ -75,56 +78,76 @@ FASTMTO_INLINE void reflect_back(int n, int ld, const Eigen& f) {
 }
 
 // d <- eigenvalues of the tridiagonal matrix by QL with Wilkinson's shift, x <- Z'x for its
-// eigenvectors Z. Returns the number of rotations, or -1.
-FASTMTO_INLINE int diagonalise(int n, int capacity, const Eigen& f, std::int32_t* sweeps) {
-  int count = 0;
+// eigenvectors Z. False if it does not converge. What the next rotation needs stays in registers: a
+// stored neighbour that is read back at once would stall.
+FASTMTO_INLINE bool diagonalise(int n, int capacity, Eigen* eigen) {
+  const Eigen& f = *eigen;
+  double* next = f.rotations;
+  const double* last = f.rotations + 2 * static_cast<std::ptrdiff_t>(capacity);
+  int sweeps = 0;
   for (int l = 0; l < n; ++l) {
     for (int sweep = 0;; ++sweep) {
       int m = l;
       while (m + 1 < n &&
-             std::fabs(f.e[m]) > 0.5 * kEps * (std::fabs(f.d[m]) + std::fabs(f.d[m + 1])))
+             std::fabs(f.e[m]) > kEps * (std::fabs(f.d[m]) + std::fabs(f.d[m + 1])))
         ++m;
       if (m == l) break;
-      if (sweep == kMaxSweeps || count + (m - l) > capacity) return -1;
-      ++*sweeps;
+      if (sweep == kMaxSweeps || next + 2 * (m - l) > last || sweeps == capacity) return false;
       const double slope = 0.5 * (f.d[l + 1] - f.d[l]) / f.e[l];
       const double root = std::sqrt(slope * slope + 1.0);
       double g = f.d[m] - f.d[l] + f.e[l] / (slope + (slope < 0.0 ? -root : root));
       double s = 1.0, c = 1.0, shift = 0.0;
+      double high = f.x[m];
+      double diagonal = f.d[m];
       int i = m - 1;
       for (; i >= l; --i) {
         const double h = s * f.e[i];
         const double b = c * f.e[i];
         const double r = std::sqrt(h * h + g * g);
         f.e[i + 1] = r;
-        if (r == 0.0) {
-          f.d[i + 1] -= shift;
-          f.e[m] = 0.0;
-          break;
-        }
+        if (r == 0.0) break;
         const double inverse = 1.0 / r;
         s = h * inverse;
         c = g * inverse;
-        g = f.d[i + 1] - shift;
-        const double mixed = (f.d[i] - g) * s + 2.0 * c * b;
+        g = diagonal - shift;
+        diagonal = f.d[i];
+        const double mixed = (diagonal - g) * s + 2.0 * c * b;
         shift = s * mixed;
         f.d[i + 1] = g + shift;
         g = c * mixed - b;
-        const double high = f.x[i + 1];
         const double low = f.x[i];
         f.x[i + 1] = s * low + c * high;
-        f.x[i] = c * low - s * high;
-        f.rotations[2 * count] = c;
-        f.rotations[2 * count + 1] = s;
-        f.at[count++] = i;
+        high = c * low - s * high;
+        next[0] = c;
+        next[1] = s;
+        next += 2;
       }
-      if (i >= l) continue;
-      f.d[l] -= shift;
-      f.e[l] = g;
+      f.x[i + 1] = high;
+      f.from[sweeps] = m;
+      f.to[sweeps++] = i + 1;
+      f.d[i + 1] = diagonal - shift;
+      if (i < l) f.e[l] = g;
       f.e[m] = 0.0;
     }
   }
-  return count;
+  eigen->sweeps = sweeps;
+  eigen->end = next;
+  return true;
+}
+
+// x <- Z x.
+FASTMTO_INLINE void rotate_back(const Eigen& f) {
+  const double* next = f.end;
+  for (int k = f.sweeps - 1; k >= 0; --k) {
+    double low = f.x[f.to[k]];
+    for (int i = f.to[k]; i < f.from[k]; ++i) {
+      next -= 2;
+      const double high = f.x[i + 1];
+      f.x[i] = next[0] * low + next[1] * high;
+      low = next[0] * high - next[1] * low;
+    }
+    f.x[f.from[k]] = low;
+  }
 }
 
 // sigma^2: the smallest, the lower median or the mean of the eigenvalues above the cut.
@@ -157,7 +180,10 @@ FASTMTO_INLINE Status aligned_mtl_body(int n, const double* gram, Scale scale, d
   f.x = arena.take(ld);
   f.p = arena.take(ld);
   f.rotations = arena.take(2 * static_cast<std::size_t>(capacity));
-  f.at = arena.take_integers(capacity);
+  f.from = arena.take_integers(capacity);
+  f.to = arena.take_integers(capacity);
+  f.end = f.rotations;
+  f.sweeps = 0;
   double longest = 0.0;
   bool finite = true;
   for (int i = 0; i < n; ++i) {
@@ -202,8 +228,8 @@ FASTMTO_INLINE Status aligned_mtl_body(int n, const double* gram, Scale scale, d
   }
   for (int i = 0; i < ld; ++i) f.x[i] = i < n ? share : 0.0;
   tridiagonalise(n, ld, f);
-  const int count = diagonalise(n, capacity, f, &info->iterations);
-  if (count < 0) return Status::kMaxIterations;
+  if (!diagonalise(n, capacity, &f)) return Status::kMaxIterations;
+  info->iterations = f.sweeps;
   double largest_value = f.d[0], smallest_value = f.d[0];
   for (int i = 1; i < n; ++i) {
     largest_value = max_of(largest_value, f.d[i]);
@@ -215,15 +241,7 @@ FASTMTO_INLINE Status aligned_mtl_body(int n, const double* gram, Scale scale, d
   info->kappa = largest_value / f.p[0];
   for (int i = 0; i < n; ++i)
     f.x[i] = f.d[i] > cut ? f.x[i] * std::sqrt(square / f.d[i]) : 0.0;
-  for (int k = count - 1; k >= 0; --k) {
-    const int i = f.at[k];
-    const double c = f.rotations[2 * k];
-    const double s = f.rotations[2 * k + 1];
-    const double low = f.x[i];
-    const double high = f.x[i + 1];
-    f.x[i] = c * low + s * high;
-    f.x[i + 1] = c * high - s * low;
-  }
+  rotate_back(f);
   reflect_back(n, ld, f);
   for (int i = 0; i < n; ++i) weights[i] = f.x[i];
   return Status::kSolved;

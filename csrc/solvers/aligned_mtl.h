@@ -24,7 +24,7 @@ enum class Scale { kMin, kMedian, kRmse };
 
 constexpr std::size_t aligned_mtl_workspace(int tasks) {
   const std::size_t t = static_cast<std::size_t>(tasks);
-  return (t + 7) / 8 * 8 * (6 * t + 9);
+  return (t + 7) / 8 * 8 * (7 * t + 5);
 }
 
 // gram (tasks, tasks) row-major. Returns kSolved, kNotFinite, kNotSymmetric, kNotPsd or
