@@ -96,25 +96,35 @@ FASTMTO_INLINE bool diagonalise(int n, int capacity, Eigen* eigen) {
       const double slope = 0.5 * (f.d[l + 1] - f.d[l]) / f.e[l];
       const double root = std::sqrt(slope * slope + 1.0);
       double g = f.d[m] - f.d[l] + f.e[l] / (slope + (slope < 0.0 ? -root : root));
-      double s = 1.0, c = 1.0, shift = 0.0;
+      double s = 1.0, c = 1.0, s2 = 1.0, shift = 0.0;
       double high = f.x[m];
       double diagonal = f.d[m];
       int i = m - 1;
       for (; i >= l; --i) {
         const double h = s * f.e[i];
         const double b = c * f.e[i];
-        const double r = std::sqrt(h * h + g * g);
+        const double square = s2 * (f.e[i] * f.e[i]) + g * g;
+        if (!(square >= DBL_MIN)) {
+          f.e[i + 1] = 0.0;
+          break;
+        }
+        // Written so that from one g to the next there is a quotient and no root.
+        const double r = std::sqrt(square);
+        const double quotient = 1.0 / square;
+        const double g_part = g * quotient;
+        const double h_part = h * quotient;
+        const double c2 = g * g_part;
+        const double cs = h * g_part;
+        s2 = h * h_part;
+        c = r * g_part;
+        s = r * h_part;
         f.e[i + 1] = r;
-        if (r == 0.0) break;
-        const double inverse = 1.0 / r;
-        s = h * inverse;
-        c = g * inverse;
-        g = diagonal - shift;
+        const double before = diagonal - shift;
         diagonal = f.d[i];
-        const double mixed = (diagonal - g) * s + 2.0 * c * b;
-        shift = s * mixed;
-        f.d[i + 1] = g + shift;
-        g = c * mixed - b;
+        const double apart = diagonal - before;
+        shift = s2 * apart + 2.0 * (cs * b);
+        f.d[i + 1] = before + shift;
+        g = cs * apart + (c2 - s2) * b;
         const double low = f.x[i];
         f.x[i + 1] = s * low + c * high;
         high = c * low - s * high;
