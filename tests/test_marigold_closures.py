@@ -194,6 +194,28 @@ def test_spectral_norm_and_replaced_buffers_come_back() -> None:
     assert all(torch.equal(b, value) for b, value in zip(model.buffers(), before, strict=True))
 
 
+def test_a_functional_closure_needs_no_hook() -> None:
+    """Buffers are found by the module: compiled models, which global hooks disturb, are fine."""
+    model = Dropping()
+    compiled = torch.compile(model.trunk, backend="eager")
+
+    def losses(model: nn.Module) -> list[Tensor]:
+        z = compiled(model.x)
+        return [(head(z) - i).pow(2).mean() for i, head in enumerate(model.heads)]
+
+    plain, functional = [], []
+    for found, run in ((plain, model.losses), (functional, FunctionalClosure(model, losses))):
+        torch.manual_seed(0)
+        balancer = MARIGOLD()
+        with balancer.recording():
+            given = run()
+        before = bits(model.buffers())
+        _, info = balancer.backward(given, list(model.trunk.parameters()), closure=run)
+        assert all(torch.equal(b, v) for b, v in zip(model.buffers(), before, strict=True))
+        found.append(info.derivatives)
+    assert torch.allclose(plain[0], functional[0], rtol=1e-4)
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_batched_equals_sequential(estimator: str) -> None:
     model = Smooth()

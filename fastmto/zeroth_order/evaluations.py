@@ -116,7 +116,8 @@ class Evaluations:
         start: RandomState | None,
     ) -> None:
         self._closure, self._read, self._copies = closure, read, copies
-        self._replay = Replay(start, [layout.device for layout in copies.layouts])
+        module = closure.module if isinstance(closure, FunctionalClosure) else None
+        self._replay = Replay(start, [layout.device for layout in copies.layouts], module)
         #: Evaluations so far.
         self.count = 0
 

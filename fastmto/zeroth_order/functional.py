@@ -13,13 +13,16 @@ from ..task_gradients import Losses
 class FunctionalClosure:
     """The losses of one batch as a function of a module's parameters.
 
+    It can be evaluated in a batch, and its module's buffers are known without looking for them,
+    which `torch.compile` needs.
+
         closure = fastmto.FunctionalClosure(model, lambda model: task_losses(model, batch))
 
     Called without arguments it is an ordinary closure. `batched` evaluates it at R parameter
     vectors in one forward by `torch.func.vmap`: the model is called with stacked parameters.
 
     Args:
-        module: the model.
+        module: the model, with every module that the losses use.
         losses: computes the T losses with the module that it is given; it must not use the model
             by another name.
     """

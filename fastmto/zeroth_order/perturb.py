@@ -203,13 +203,10 @@ class Copies:
 
     @torch.no_grad()
     def distance(self, row: int) -> float:
-        """||row - theta||."""
-        return math.sqrt(
-            sum(
-                difference_along(view, p, None)
-                for p, view in zip(self.parameters, self._views[row], strict=True)
-            )
-        )
+        """||row - theta||; the row is used up."""
+        views = self._views[row]
+        torch._foreach_sub_(views, [p.detach() for p in self.parameters])
+        return norm(views)
 
     def evaluate(self, row: int, closure: Callable[[], Result]) -> Result:
         """What the closure returns with row `row` in the parameters' place, without a graph.

@@ -50,35 +50,47 @@ class RandomState:
 class Replay:
     """Evaluations under the same circumstances.
 
-    A module's buffers are copied when its forward is first called in an evaluation, by a hook on
-    all modules, and written back after it. What a closure changes by other ways
-    (a module's `forward` called directly, attributes that are no buffers) is not seen.
+    Buffers are copied before an evaluation and written back after it: those of `module` where it
+    is given; otherwise those of every module whose forward is called, found by a hook on all
+    modules. What a closure changes in other ways (a module's `forward` called directly, attributes
+    that are no buffers) is not seen. The hook does not go well with `torch.compile`, which warns.
 
     Args:
         start: the generators' state that every evaluation starts from; None: the present one.
         devices: as `RandomState`.
+        module: that holds every module of the closure; None: not known.
     """
 
     def __init__(
-        self, start: RandomState | None = None, devices: Sequence[torch.device] | None = None
+        self,
+        start: RandomState | None = None,
+        devices: Sequence[torch.device] | None = None,
+        module: nn.Module | None = None,
     ) -> None:
         self._now = RandomState(devices)
         self._start = start or self._now
+        self._module = module
         self._seen: dict[tuple[int, str], tuple[nn.Module, Tensor, Tensor]] = {}
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Around one evaluation."""
         self._start.restore()
-        hook = register_module_forward_pre_hook(self._remember)
+        hook = None
+        if self._module is None:
+            hook = register_module_forward_pre_hook(self._remember)
+        else:
+            for module in self._module.modules():
+                self._remember(module)
         try:
             yield
         finally:
-            hook.remove()
+            if hook is not None:
+                hook.remove()
             self._put_back()
             self._now.restore()
 
-    def _remember(self, module: nn.Module, _: Any) -> None:
+    def _remember(self, module: nn.Module, _: Any = None) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and (id(module), name) not in self._seen:
                 self._seen[id(module), name] = module, buffer, buffer.clone()
