@@ -8,6 +8,7 @@ published way. All float32, rule Adam, torch's thread count.
                 over flattened tensors, concatenated, then a matrix product; the parameters are
                 one tensor, or 20 (published_20), whose temporaries the allocator can reuse
     fused_adam  torch.optim.Adam(fused=True) on one tensor (P,)
+    randn_add   a row of torch.randn (torch.bernoulli for signs), then torch.add, row by row
 
 Results are asserted before anything is timed. `speedup_vs_x` and the fractions compare best
 rounds, `median_speedup_vs_x` is the median over rounds of the ratio within a round.
@@ -22,7 +23,7 @@ import torch
 from conftest import Bandwidth, Contestant, Times, n_sets, take_turns
 from torch import Tensor
 
-from fastmto import ops, reference
+from fastmto import ops, philox, reference
 from fastmto.rules import Adam
 
 # torch.compile imports what torch itself has deprecated.
@@ -339,6 +340,63 @@ def test_gram(benchmark, n_tasks: int) -> None:
         benchmark, times, bandwidth, n_bytes=n_bytes, against="read", n_tasks=n_tasks, numel=numel
     )
     benchmark.pedantic(gram, args=(sets[0],), rounds=5, warmup_rounds=1)
+
+
+ROWS = 8
+
+
+@pytest.mark.parametrize("direction", ["given", "gaussian", "rademacher"])
+def test_perturb(benchmark, direction: str) -> None:
+    numel = SIZES[-1]
+    params, given = torch.randn(numel), torch.randn(numel)
+    scale = torch.linspace(1e-3, 1e-2, ROWS, dtype=torch.float64)
+    rows = [torch.full((ROWS, numel), torch.nan) for _ in range(n_sets(4 * ROWS * numel))]
+
+    def ours(out: Tensor) -> None:
+        if direction == "given":
+            CPU.perturb(params, out, scale=scale, direction=given)
+        else:
+            CPU.perturb(params, out, scale=scale, seed=1, distribution=direction)
+
+    def by_torch(out: Tensor) -> None:
+        for row, factor in zip(out, scale.tolist(), strict=True):
+            if direction == "given":
+                u = given
+            elif direction == "gaussian":
+                u = torch.randn(numel)
+            else:
+                u = torch.empty(numel).bernoulli_().mul_(2).sub_(1)
+            torch.add(params, u, alpha=factor, out=row)
+
+    ours(rows[0])
+    u = given
+    if direction != "given":
+        u = torch.from_numpy(philox.DISTRIBUTIONS[direction](1, ROWS - 1, numel))
+    assert torch.equal(rows[0][-1], params + scale[-1].float() * u)
+    by_torch(rows[1])
+    assert rows[1].isfinite().all()
+
+    bandwidth = Bandwidth([(out[0], out[1]) for out in rows])
+    name = "torch_add" if direction == "given" else "randn_add"
+    contestants: dict[str, Contestant] = {
+        "ours": lambda i: ours(rows[i]),
+        name: lambda i: by_torch(rows[i]),
+        "fill": lambda i: rows[i].fill_(1.0),
+        **bandwidth.contestants(),
+    }
+    times = take_turns(contestants, len(rows))
+    written, moved = 4.0 * ROWS * numel, 4.0 * (ROWS + 1 + (direction == "given")) * numel
+    report(benchmark, times, bandwidth, n_bytes=moved, against="update", n_rows=ROWS, numel=numel)
+    benchmark.extra_info.update(
+        {
+            "written_GB/s": 1e-9 * written / times.best("ours"),
+            "fill_GB/s": 1e-9 * written / times.best("fill"),
+            "speed_over_fill": times.ratio("fill", "ours"),
+            f"{name}_ms": 1e3 * times.best(name),
+            f"median_speedup_vs_{name}": times.ratio(name, "ours"),
+        }
+    )
+    benchmark.pedantic(ours, args=(rows[0],), rounds=5, warmup_rounds=1)
 
 
 def test_small_apply(benchmark) -> None:

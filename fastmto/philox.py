@@ -46,24 +46,26 @@ LANES = 16
 GAUSSIAN_GROUP = 4 * LANES
 RADEMACHER_GROUP = 128 * LANES
 
-#: ln(1 + t) = t - t^2 / 2 + t^3 P(t) on [sqrt(1/2) - 1, sqrt(2) - 1]; coefficients of t^0, t^1, ...
+#: -2 ln(1 + t) = t P(t) on [sqrt(1/2) - 1, sqrt(2) - 1]; coefficients of t^0, t^1, ...
 LOG = (
-    0.3333390951156616,
-    -0.2500133812427521,
-    0.19963063299655914,
-    -0.1657758504152298,
-    0.14914768934249878,
-    -0.14267486333847046,
-    0.08700430393218994,
+    -2.0,
+    1.0000057220458984,
+    -0.6667017936706543,
+    0.4994677007198334,
+    -0.3978799283504486,
+    0.3440312147140503,
+    -0.32557979226112366,
+    0.2069597840309143,
 )
+MINUS_TWO_LN2 = -1.3862943649291992
 #: sin w = w + w^3 P(w^2) and cos w = 1 + w^2 P(w^2) on [-pi/4, pi/4].
 SIN = (-0.16666655242443085, 0.008332177996635437, -0.0001951729936990887)
 COS = (-0.49999895691871643, 0.04165629297494888, -0.0013597822980955243)
-LN2 = 0.6931471824645996
 #: pi/4 over 2^31: the low 30 bits stand at the top of a signed word.
 ANGLE = 3.65729529994141e-10
-#: The bits of sqrt(1/2) in float32.
+#: The bits of sqrt(1/2) and of 2^31 sqrt(1/2) in float32.
 ROOT_HALF = 0x3F3504F3
+SCALED_ROOT_HALF = 0x4EB504F3
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Words, ...]:
@@ -105,14 +107,13 @@ def _polynomial(coefficients: tuple[float, ...], x: Floats) -> Floats:
 
 def normal_pair(a: Words, b: Words) -> tuple[Floats, Floats]:
     """Two normal numbers from two words: the equations of the module, in this order of rounding."""
-    one, half, two = np.float32(1), np.float32(0.5), np.float32(2)
-    u = ((a >> 1).astype(np.int32).astype(np.float32) + half) * np.float32(2.0**-31)
-    bits = u.view(np.int32) - np.int32(ROOT_HALF)
+    one, half = np.float32(1), np.float32(0.5)
+    # u 2^31 = 2^(31 + exponent) (1 + t)
+    bits = ((a >> 1).astype(np.int32).astype(np.float32) + half).view(np.int32)
+    bits -= np.int32(SCALED_ROOT_HALF)
     exponent = (bits >> 23).astype(np.float32)
     t = ((bits & 0x7FFFFF) + np.int32(ROOT_HALF)).view(np.float32) - one
-    square = t * t
-    log = exponent * np.float32(LN2) + (t + (square * t * _polynomial(LOG, t) - square * half))
-    r = np.sqrt(log * -two)
+    r = np.sqrt(exponent * np.float32(MINUS_TWO_LN2) + t * _polynomial(LOG, t))
 
     w = (b << 2).view(np.int32).astype(np.float32) * np.float32(ANGLE)
     square = w * w

@@ -74,26 +74,28 @@ FASTMTO_INLINE Floats polynomial(const float (&coefficients)[n], Floats x) {
 
 // Two normal numbers a lane.
 FASTMTO_INLINE void normal_pair(Bits a, Bits b, Floats* z) {
-  constexpr float log_of[] = {0.3333390951156616f,  -0.2500133812427521f, 0.19963063299655914f,
-                              -0.1657758504152298f, 0.14914768934249878f, -0.14267486333847046f,
-                              0.08700430393218994f};
+  constexpr float log_of[] = {-2.0f,
+                              1.0000057220458984f,
+                              -0.6667017936706543f,
+                              0.4994677007198334f,
+                              -0.3978799283504486f,
+                              0.3440312147140503f,
+                              -0.32557979226112366f,
+                              0.2069597840309143f};
   constexpr float sine_of[] = {-0.16666655242443085f, 0.008332177996635437f,
                                -0.0001951729936990887f};
   constexpr float cosine_of[] = {-0.49999895691871643f, 0.04165629297494888f,
                                  -0.0013597822980955243f};
-  constexpr int root_half = 0x3f3504f3;
-  const Floats u = (__builtin_convertvector((Ints)(a >> 1), Floats) + 0.5f) * 0x1p-31f;
-  const Ints bits = (Ints)u - root_half;
+  const Floats scaled = __builtin_convertvector((Ints)(a >> 1), Floats) + 0.5f;
+  const Ints bits = (Ints)scaled - 0x4eb504f3;
   const Floats exponent = __builtin_convertvector(bits >> 23, Floats);
-  const Floats t = (Floats)((bits & 0x7fffff) + root_half) - 1.0f;
-  const Floats t2 = t * t;
-  const Floats log =
-      exponent * 0.6931471824645996f + (t + (t2 * t * polynomial(log_of, t) - t2 * 0.5f));
+  const Floats t = (Floats)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  const Floats log = exponent * -1.3862943649291992f + t * polynomial(log_of, t);
   const Floats w = __builtin_convertvector((Ints)(b << 2), Floats) * 3.65729529994141e-10f;
   const Floats w2 = w * w;
   const Floats sine = w + w2 * w * polynomial(sine_of, w2);
   const Floats cosine = 1.0f + w2 * polynomial(cosine_of, w2);
-  const Floats r = (Floats)((Bits)root_part(log * -2.0f) ^ (b & 0x80000000u));
+  const Floats r = (Floats)((Bits)root_part(log) ^ (b & 0x80000000u));
   const Bits exchanged = (Bits)((b & 0x40000000u) != 0);
   z[0] = r * (exchanged ? sine : cosine);
   z[1] = r * (exchanged ? cosine : sine);

@@ -31,9 +31,10 @@ LANES = tl.constexpr(reference.LANES)
 LOG = tl.constexpr(reference.LOG)
 SIN = tl.constexpr(reference.SIN)
 COS = tl.constexpr(reference.COS)
-LN2 = tl.constexpr(reference.LN2)
+MINUS_TWO_LN2 = tl.constexpr(reference.MINUS_TWO_LN2)
 ANGLE = tl.constexpr(reference.ANGLE)
 ROOT_HALF = tl.constexpr(reference.ROOT_HALF)
+SCALED_ROOT_HALF = tl.constexpr(reference.SCALED_ROOT_HALF)
 
 
 @triton.jit
@@ -66,13 +67,12 @@ def polynomial(coefficients: tl.constexpr, DEGREE: tl.constexpr, x):
 @triton.jit
 def normal_pair(a, b):
     """Two normal numbers from two words."""
-    u = ((a >> 1).to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10
-    bits = u.to(tl.int32, bitcast=True) - ROOT_HALF
+    scaled = (a >> 1).to(tl.int32).to(tl.float32) + 0.5
+    bits = scaled.to(tl.int32, bitcast=True) - SCALED_ROOT_HALF
     exponent = (bits >> 23).to(tl.float32)
     t = ((bits & 0x7FFFFF) + ROOT_HALF).to(tl.float32, bitcast=True) - 1.0
-    square = t * t
-    log = exponent * LN2 + (t + (square * t * polynomial(LOG, 6, t) - square * 0.5))
-    root = tl.sqrt_rn(log * -2.0).to(tl.uint32, bitcast=True)
+    log = exponent * MINUS_TWO_LN2 + t * polynomial(LOG, 7, t)
+    root = tl.sqrt_rn(log).to(tl.uint32, bitcast=True)
     r = (root ^ (b & 0x80000000)).to(tl.float32, bitcast=True)  # 0 - r would lose the sign of 0
     w = (b << 2).to(tl.int32, bitcast=True).to(tl.float32) * ANGLE
     square = w * w
