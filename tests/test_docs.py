@@ -49,7 +49,8 @@ def test_docstring_examples(name: str) -> None:
 
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(((?!https?:)[^)#]+)\)", page.read_text()):
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+        for target in re.findall(r"\]\(((?!https?:)[^)#]+)\)", text):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
