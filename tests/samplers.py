@@ -102,3 +102,32 @@ def _symmetric(values: list[float], tasks: int) -> Array:
     matrix = np.zeros((tasks, tasks))
     matrix[np.triu_indices(tasks)] = values
     return np.where(np.triu(np.ones_like(matrix)) > 0, matrix, matrix.T)
+
+
+def hard(rng: np.random.Generator, tasks: int, decades: float = 1.5) -> Array:
+    """Conflicts between gradients of very different lengths: what Frank-Wolfe creeps on.
+
+    Every gradient has a common part of 3 % of it against which the others nearly cancel, and a
+    length of 10^U(-decades, decades): the least norm is far below that of every gradient.
+    """
+    rows = rng.normal(size=(tasks, tasks + 2))
+    rows -= rows.mean(0)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    rows[:, 0] += 0.03
+    rows *= 10.0 ** rng.uniform(-decades, decades, size=(tasks, 1))
+    product: Array = rows @ rows.T
+    return product
+
+
+def planted_least_norm(rng: np.random.Generator, weights: Array, size: int) -> Array:
+    """A Gram matrix of which these weights (some 0) give the point of least norm, and no others.
+
+    Rows e + r_i with <e, r_i> = 0 and sum_i w_i r_i = 0 where w_i > 0, else (1 + gap) e + r_i.
+    """
+    rows = rng.normal(size=(len(weights), size))
+    rows[:, 0] = 0
+    active = weights > 0
+    rows[active] -= weights[active] @ rows[active]
+    rows[:, 0] = np.where(active, 1.0, 1.0 + rng.uniform(0.1, 1.0, size=len(weights)))
+    product: Array = rows @ rows.T
+    return product

@@ -368,8 +368,8 @@ FASTMTO_INLINE End minimise(Cone* t) {
     const double d = project(*s, enter);
     if (d < -smallest_pivot(*s, t->level)) {
       // C is not known better than this.
-      t->level = -d;
-      if (t->level > kIndefinite) return End::kIndefinite;
+      if (-d > kIndefinite) return End::kIndefinite;
+      t->level = -d / (s->size + 1);
       continue;
     }
     append(s, enter, max_of(d, smallest_pivot(*s, t->level)));

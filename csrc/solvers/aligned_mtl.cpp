@@ -11,6 +11,8 @@ namespace {
 // An eigenvalue this far below 0, of the largest, is not rounding even of a float32 Gram matrix.
 constexpr double kIndefinite = 1e-3;
 constexpr int kMaxSweeps = 60;  // for one eigenvalue
+// Beside a largest diagonal entry of 1; its square is still a normal number.
+constexpr double kNothing = 1e-120;
 
 struct Eigen {
   double* a;          // (n, ld) the matrix; row k becomes the reflector of step k
@@ -38,7 +40,7 @@ FASTMTO_INLINE void tridiagonalise(int n, int ld, const Eigen& f) {
     for (int j = first; j <= k; ++j) v[j] = 0.0;
     double below = 0.0;
     for (int j = k + 2; j < n; ++j) below += v[j] * v[j];
-    if (!(below > 0.0)) continue;
+    if (!(below > kNothing)) continue;
     const double head = v[k + 1];
     const double norm = std::sqrt(head * head + below);
     f.e[k] = head > 0.0 ? -norm : norm;
@@ -89,7 +91,7 @@ FASTMTO_INLINE bool diagonalise(int n, int capacity, Eigen* eigen) {
     for (int sweep = 0;; ++sweep) {
       int m = l;
       while (m + 1 < n &&
-             std::fabs(f.e[m]) > kEps * (std::fabs(f.d[m]) + std::fabs(f.d[m + 1])))
+             std::fabs(f.e[m]) > kNothing + kEps * (std::fabs(f.d[m]) + std::fabs(f.d[m + 1])))
         ++m;
       if (m == l) break;
       if (sweep == kMaxSweeps || next + 2 * (m - l) > last || sweeps == capacity) return false;

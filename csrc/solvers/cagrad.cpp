@@ -235,8 +235,8 @@ FASTMTO_INLINE Status cagrad_body(int n, const double* gram, double c, double* w
   }
   transposed_product(n, ld, t.c, eta, p.beta);
   const double mean2 = dot(ld, eta, p.beta);
-  // |g0| is known to within eps of the lengths summed.
-  if (!(mean2 > 16.0 * kEps * kEps * eta_sum * eta_sum)) return Status::kSolved;
+  // |g0|^2 is known to within eps of the square of the lengths summed.
+  if (!(mean2 > 4.0 * kEps * eta_sum * eta_sum)) return Status::kSolved;
   const double radius2 = c * c * mean2;
   double m = DBL_MAX;
   int start = 0;

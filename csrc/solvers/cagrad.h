@@ -14,7 +14,7 @@
 //
 // Where that length is never reached, 0 is in the hull of the gradients (g_w = 0 in the dual): the
 // gain cannot rise above m = 0, and v is that of the d with this gain that is closest to g0. Where
-// g0 = 0, v = 1/T. A zero gradient has <g_i, d> = 0 and weight 1/T.
+// g0 = 0 to rounding, v = 1/T. A zero gradient has <g_i, d> = 0 and weight 1/T.
 //
 // Contract: see bargaining.h. Info: changes of the active set; the largest violation of
 // <g_i, d> >= m (= where v_i > 1/T), relative to |g_i| sum_j v_j |g_j|, or | |d - g0| / (c |g0|) - 1|

@@ -10,7 +10,15 @@
 #include <random>
 #include <vector>
 
+#include "aligned_mtl.h"
 #include "bargaining.h"
+#include "cagrad.h"
+#include "dual_cone.h"
+#include "fairgrad.h"
+#include "imtl_g.h"
+#include "mgda.h"
+#include "pcgrad.h"
+#include "simplex.h"
 
 static bool counting = false;
 static long allocations = 0;
@@ -29,6 +37,8 @@ using namespace fastmto::solvers;
 namespace {
 
 constexpr double kCanary = -12345.678;
+constexpr double kTiny = std::numeric_limits<double>::min();
+constexpr double kAny = -std::numeric_limits<double>::max();
 long solves = 0;
 
 void require(bool condition, const char* what, int tasks) {
@@ -38,7 +48,7 @@ void require(bool condition, const char* what, int tasks) {
 }
 
 template <typename Solve>
-void check(int tasks, std::size_t workspace_size, const Solve& solve) {
+void check(int tasks, std::size_t workspace_size, double lowest, const Solve& solve) {
   constexpr int kGuard = 64;
   std::vector<double> first;
   for (double fill : {0.0, std::numeric_limits<double>::quiet_NaN()}) {
@@ -59,7 +69,7 @@ void check(int tasks, std::size_t workspace_size, const Solve& solve) {
     require(weights.front() == kCanary && weights.back() == kCanary, "write outside weights", tasks);
     for (int i = 1; i <= tasks; ++i) {
       if (status == Status::kSolved) {
-        require(weights[i] > 0 && std::isfinite(weights[i]), "weights", tasks);
+        require(weights[i] >= lowest && std::isfinite(weights[i]), "weights", tasks);
       } else {
         require(weights[i] == kCanary, "weights written on failure", tasks);
       }
@@ -80,7 +90,7 @@ int main() {
   std::mt19937_64 engine(1);
   std::normal_distribution<double> normal;
   for (int tasks : {1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 33, 64, 70}) {
-    for (int kind = 0; kind < 8; ++kind) {
+    for (int kind = 0; kind < 9; ++kind) {
       const int length = kind == 1 ? (tasks + 2) / 3 : tasks + 3;
       std::vector<double> rows(tasks * length), gram(tasks * tasks), start(tasks), p(tasks);
       for (double& x : rows) x = normal(engine);
@@ -101,15 +111,52 @@ int main() {
       if (kind == 4) gram[0] = std::numeric_limits<double>::infinity();
       if (kind == 5) gram[tasks * tasks - 1] = 0.0;
       if (kind == 6) gram[tasks - 1] += 1.0;
+      if (kind == 8) {
+        for (int i = 0; i < tasks; ++i) gram[i] = gram[i * tasks] = 0.0;
+      }
+      std::vector<std::int64_t> orders;
+      for (int i = 0; i < tasks; ++i)
+        for (int k = 1; k < tasks; ++k) orders.push_back((i + k) % tasks);
       const Problem problem{tasks, gram.data(), kind % 2 ? p.data() : nullptr, kind == 7 ? 0.1 : 0};
-      check(tasks, exact_workspace(tasks), [&](double* w, double* a, Info* info) {
+      check(tasks, exact_workspace(tasks), kTiny, [&](double* w, double* a, Info* info) {
         return bargaining_exact(problem, kind == 3 ? start.data() : nullptr, 1e-12, w, a, info);
       });
-      check(tasks, ccp_workspace(tasks), [&](double* w, double* a, Info* info) {
+      check(tasks, ccp_workspace(tasks), kTiny, [&](double* w, double* a, Info* info) {
         return bargaining_ccp(problem, nullptr, 3, 1e-9, w, a, info);
       });
-      check(tasks, ccp_workspace(tasks), [&](double* w, double* a, Info* info) {
+      check(tasks, ccp_workspace(tasks), kTiny, [&](double* w, double* a, Info* info) {
         return ccp_step(problem, start.data(), w, a, info);
+      });
+      check(tasks, mgda_workspace(tasks), 0.0, [&](double* w, double* a, Info* info) {
+        return mgda(tasks, gram.data(), w, a, info);
+      });
+      for (double c : {0.4, 2.0}) {
+        check(tasks, cagrad_workspace(tasks), 0.0, [&](double* w, double* a, Info* info) {
+          return cagrad(tasks, gram.data(), c, w, a, info);
+        });
+      }
+      check(tasks, dual_cone_workspace(tasks), 0.0, [&](double* w, double* a, Info* info) {
+        return dual_cone(tasks, gram.data(), p.data(), w, a, info);
+      });
+      check(tasks, dual_cone_workspace(tasks), 0.0, [&](double* w, double* a, Info* info) {
+        return upgrad(tasks, gram.data(), nullptr, w, a, info);
+      });
+      check(tasks, imtl_g_workspace(tasks), kAny, [&](double* w, double* a, Info* info) {
+        return imtl_g(tasks, gram.data(), w, a, info);
+      });
+      check(tasks, aligned_mtl_workspace(tasks), kAny, [&](double* w, double* a, Info* info) {
+        return aligned_mtl(tasks, gram.data(), Scale::kMedian, w, a, info);
+      });
+      for (double alpha : {0.5, 3.0}) {
+        check(tasks, fairgrad_workspace(tasks), kTiny, [&](double* w, double* a, Info* info) {
+          return fairgrad(tasks, gram.data(), alpha, w, a, info);
+        });
+      }
+      check(tasks, pcgrad_workspace(tasks), 0.0, [&](double* w, double* a, Info* info) {
+        return pcgrad(tasks, gram.data(), orders.data(), w, a, info);
+      });
+      check(tasks, 0, 0.0, [&](double*, double* a, Info* info) {
+        return simplex_projection(tasks, start.data(), a, info);
       });
     }
   }
