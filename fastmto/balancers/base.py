@@ -138,7 +138,8 @@ class Balancer(ABC):
         n_tasks: T; None: found at the first backward.
         update_weights_every: steps between two searches of weights, N >= 1. The steps between
             make one backward of the losses weighted as the last search said.
-        on_nonfinite: what a NaN or infinite loss or gradient does: "skip" the step (no gradient
+        on_nonfinite: what a NaN or infinite loss does, and for gradient-level methods a gradient
+            (`GradientBalancer` says which are looked at): "skip" the step (no gradient
             is written, a warning, `stats["skipped"]`), "raise" NonFiniteError before anything is
             written, or "ignore" (it goes through). None: "skip" on CPUs, where looking costs
             nothing; on accelerators, where reading a loss would wait for the device, "ignore"
