@@ -89,6 +89,15 @@ def test_the_same_seed_gives_the_same_directions(distribution: str) -> None:
     assert len({tuple(row.tolist()) for row in first}) == 4
 
 
+def test_groups_of_another_dtype_have_directions_of_their_own() -> None:
+    a = torch.nn.Parameter(torch.zeros(64))
+    b = torch.nn.Parameter(torch.zeros(64, dtype=torch.float64))
+    copies = Copies([a, b], 1)
+    copies.displace_at_random(0, [1.0], 7, 0, "gaussian")
+    first, second = (rows[0].double() for rows in copies.stacked())
+    assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 0.5
+
+
 def test_gram_of_directions_in_the_papers_notation() -> None:
     g, u = rows(3, 20), draws(6, 20, "gaussian")
     assert torch.allclose(

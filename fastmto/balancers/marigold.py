@@ -100,17 +100,17 @@ class MARIGOLD(Balancer):
         "central"     (f_j(theta + mu d) - f_j(theta - mu d)) / (2 mu): two.
         "reuse"       the training step itself, (f_j(theta_t) - f_j(theta_{t+1})) / eta, from
                       `update(losses_after_step)`: no closure, one forward of the user's. With an
-                      optimizer other than SGD it measures along the step that was made; heads
-                      that moved in the step count, too, as in FAMO.
+                      optimizer other than SGD it measures along the step that was made; what the
+                      heads gain by moving in that step counts, too, as in FAMO.
         "directions"  a Gram matrix from R random directions: unbiased, noisy, of rank <= R.
         "span"        a Gram matrix from directions in the span of known vectors.
     The last two make no use of d: the criterion is solved on the estimated Gram matrix.
 
     Every evaluation of an estimate sees the same batch, the same random numbers (torch's CPU and
     CUDA generators) and the same module buffers, and leaves generators, buffers and parameters as
-    they were, also when the closure raises: see `fastmto.replay` and `fastmto.perturb`. Dropout
-    draws the same masks in the given losses, too, if they are computed inside `recording()`;
-    "forward" and "reuse" need that wherever losses are random.
+    they were, also when the closure raises (`fastmto.zeroth_order`). Dropout draws the same masks
+    in the given losses, too, if they are computed inside `recording()`; "forward" and "reuse" need
+    that wherever losses are random.
 
     Args:
         n_tasks: T; None: found at the first backward.
@@ -126,8 +126,9 @@ class MARIGOLD(Balancer):
         lambda_step: a step in place of beta/L_hat.
         ema: factor of the moving average, of y (None: 0.9 for mirror, 0 for projected), or of the
             estimated Gram matrices ("directions", "span"; None: 0).
-        relative_step: h/||theta||, h = mu ||v||; None: by the table in `fastmto.estimators`, for
-            the precision of the forward pass. Where all parameters are 0, h itself.
+        relative_step: h/||theta||, h = mu ||v||; None: by the table in
+            `fastmto.zeroth_order.estimators`, for the precision of the forward pass. Where all
+            parameters are 0, h itself.
         mu: mu itself, in place of `relative_step`.
         forward_dtype: the precision of the forward pass; None: that of the narrowest tensor
             in the graph of the first losses, so that autocast is seen.
