@@ -10,8 +10,10 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -614,14 +616,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those after the command's name; None takes the process's.
 
     Returns:
-        0; 1 where a method failed, 130 after Ctrl-C, in both cases with what is finished
-        written. Mistakes leave by `SystemExit` with status 2.
+        0; 1 where a method failed, 130 after Ctrl-C or SIGTERM, in both cases with what is
+        finished written. Mistakes leave by `SystemExit` with status 2.
     """
     parser, verbs = _parser()
     options = parser.parse_args(arguments)
     verb = {"train": _train, "compare": _compare, "toy": _toy}[options.verb]
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread:
+        # Schedulers end jobs so; what is finished is kept then, too.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler) or signal.SIG_DFL
     try:
         return verb(verbs[options.verb], options)
     except KeyboardInterrupt:  # before the first run, or after the last
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)

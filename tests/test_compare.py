@@ -144,8 +144,9 @@ def test_peak_memory_remembers_what_is_gone() -> None:
     assert float(done.stdout) == pytest.approx(4 * n, rel=0.1)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process")
-def test_ctrl_c_leaves_the_finished_runs(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="sends signals to processes")
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_the_finished_runs(end: signal.Signals) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
     arguments = "compare --balancers equal,famo --seeds 1 --epochs 1 --batch-size 2048"
     process = subprocess.Popen(
@@ -159,7 +160,10 @@ def test_ctrl_c_leaves_the_finished_runs(tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while not Path("c.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+    if end == signal.SIGINT:
+        os.killpg(process.pid, end)  # as a terminal does: to the workers, too
+    else:
+        process.send_signal(end)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted: 1 of 2 runs finished" in err
