@@ -617,6 +617,19 @@ def test_arrays_and_tensors_of_all_kinds(name: str) -> None:
     np.testing.assert_array_equal(second.numpy(), plain.weights)
 
 
+def test_lazily_negated_tensors() -> None:
+    g = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+    negated = torch.complex(torch.zeros_like(g), -g).conj().imag
+    assert negated.is_neg()
+    np.testing.assert_array_equal(mgda(negated).weights, mgda(g).weights)
+
+
+def test_transforms_are_refused() -> None:
+    grams = torch.eye(2).expand(3, 2, 2).clone()
+    with pytest.raises(RuntimeError, match="data pointer"):
+        torch.func.vmap(lambda g: mgda(g).weights)(grams)
+
+
 class Sub(torch.Tensor):
     """A subclass, which goes through Python."""
 

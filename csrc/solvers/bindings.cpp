@@ -3,7 +3,7 @@
 // A solve of two tasks takes tens of nanoseconds, so the calls go through METH_FASTCALL and the
 // result is a plain extension type: the usual pybind11 dispatch and class would cost several times
 // the solve. A Gram matrix is taken as a C-contiguous float64 array, or as a float64 or float32
-// CPU tensor of any strides; the other arguments as C-contiguous arrays. Nothing else is converted
+// CPU tensor, contiguous as well; the other arguments as C-contiguous arrays. Nothing else is converted
 // here: the functions return None and fastmto/solvers/convert.py converts.
 
 #include <pybind11/numpy.h>
@@ -253,16 +253,6 @@ bool number(PyObject* object, const char* name, double low, double high, double*
   return true;
 }
 
-template <typename T>
-void gather(const tensors::View& view, double* out) {
-  const auto* data = static_cast<const T*>(view.data);
-  const std::int64_t columns = view.dimensions == 2 ? view.shape[1] : 1;
-  const std::int64_t across = view.dimensions == 2 ? view.strides[1] : 0;
-  for (std::int64_t i = 0; i < view.shape[0]; ++i)
-    for (std::int64_t j = 0; j < columns; ++j)
-      *out++ = static_cast<double>(data[i * view.strides[0] + j * across]);
-}
-
 // (T, T) for two dimensions, (T,) for one. False with an error set, or with none set where the
 // object has to be converted first.
 bool read(PyObject* object, const char* name, int expected, Input* input) {
@@ -286,23 +276,20 @@ bool read(PyObject* object, const char* name, int expected, Input* input) {
   input->bits = 0;
   if (!is_tensor) return true;
   input->bits = view.dtype.bits;
-  const bool dense = view.strides[expected - 1] == 1 &&
-                     (expected == 1 || view.strides[0] == shape[1]);
-  if (dense && view.dtype.bits == 64) {
+  if (view.dtype.bits == 64) {
     input->data = static_cast<const double*>(view.data);
     return true;
   }
-  input->copy = heap(static_cast<std::size_t>(shape[0] * shape[1]));
+  const std::int64_t count = shape[0] * shape[1];
+  input->copy = heap(static_cast<std::size_t>(count));
   if (input->copy == nullptr) {
     PyErr_NoMemory();
     return false;
   }
-  input->data = input->copy.get();
-  if (view.dtype.bits == 64) {
-    gather<double>(view, input->copy.get());
-  } else {
-    gather<float>(view, input->copy.get());
-  }
+  const auto* from = static_cast<const float*>(view.data);
+  double* to = input->copy.get();
+  for (std::int64_t i = 0; i < count; ++i) to[i] = static_cast<double>(from[i]);
+  input->data = to;
   return true;
 }
 

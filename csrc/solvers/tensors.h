@@ -103,7 +103,8 @@ inline bool load() {
   return true;
 }
 
-// Fills `view` if the object is a plain strided CPU tensor of float64 or float32.
+// Fills `view` if the object is a plain contiguous CPU tensor of float64 or float32. Any other
+// goes through Python: among those with strides are torch's lazily negated ones.
 inline bool view_of(PyObject* object, View* view) {
   const PyTypeObject* type = Py_TYPE(object);
   // A subclass may be anything: it goes through Python.
@@ -111,6 +112,11 @@ inline bool view_of(PyObject* object, View* view) {
   if (torch.tensor == nullptr || torch.exchange->view_from_object(object, view) != 0) {
     PyErr_Clear();
     return false;
+  }
+  std::int64_t stride = 1;
+  for (int i = view->dimensions - 1; i >= 0; --i) {
+    if (view->shape[i] != 1 && view->strides[i] != stride) return false;
+    stride *= view->shape[i];
   }
   return view->device.type == kCpu && view->dtype.code == kFloat && view->dtype.lanes == 1 &&
          (view->dtype.bits == 64 || view->dtype.bits == 32) && view->byte_offset == 0;

@@ -1,7 +1,7 @@
 """Small problems on the Gram matrix of the tasks: Gram in, weights out.
 
-All return a `Result`. The fastest way to call them is with a float64 or float32 CPU tensor or a
-C-contiguous float64 array as the Gram matrix, and None or such arrays as vectors; see `convert`.
+All return a `Result`. The fastest way to call them is with a contiguous float64 or float32 CPU
+tensor or float64 array as the Gram matrix, and None or such arrays as vectors; see `convert`.
 
 `oracle` (slow references, an optional extra) is a submodule and not imported here.
 """

@@ -34,7 +34,7 @@ def aligned_mtl(gram: Array | Tensor, scale: str = "min") -> Result[Any]:
 
     Args:
         gram: (T, T) array or tensor, as `fastmto.solvers.bargaining`: computed in float64 on the
-            host, not modified; a float64 or float32 CPU tensor is read in place.
+            host, not modified; contiguous float64 or float32 CPU tensors are read in place.
         scale: sigma is the root of the smallest of these eigenvalues ("min", the paper), of their
             median, the lower one of two ("median"), or of their mean ("rmse"); the last two are
             the authors' code.

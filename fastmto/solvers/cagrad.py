@@ -41,7 +41,7 @@ def cagrad(gram: Array | Tensor, c: float = 0.4) -> Result[Any]:
 
     Args:
         gram: (T, T) array or tensor, as `fastmto.solvers.bargaining`: computed in float64 on the
-            host, not modified; a float64 or float32 CPU tensor is read in place.
+            host, not modified; contiguous float64 or float32 CPU tensors are read in place.
         c: in [0, 1e6), the radius relative to |g0|; below 1 d descends on the mean loss.
 
     Returns:

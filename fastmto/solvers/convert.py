@@ -1,9 +1,9 @@
 """What the native solvers do not take as it is: conversion of the arguments, and back.
 
-The native functions take a Gram matrix as a C-contiguous float64 array, or as a float64 or float32
-CPU tensor (of any strides; its data are read in place), and answer in kind; they return None for
-anything else, which then comes here. So the lean path is a CPU tensor, or a ready array, together
-with vectors that are None or ready arrays: no Python code but the call, no torch operation.
+The native functions take a Gram matrix as a contiguous float64 array, or as a contiguous float64 or
+float32 CPU tensor, whose data are read in place, and answer in kind; they return None for anything
+else, which then comes here. So the lean path is such a Gram matrix together with vectors that are
+None or contiguous float64 arrays: no Python code but the call, no torch operation.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def to_numpy(value: Any, name: str) -> NDArray[np.float64]:
                 f"{name} must be a dense tensor of a floating dtype, "
                 f"got {value.dtype} ({value.layout})"
             )
-        value = value.detach().to("cpu", torch.float64).numpy()
+        value = value.detach().to("cpu", torch.float64).resolve_neg().numpy()
     elif not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be a numpy array or a tensor, got {type(value).__name__}")
     if not np.issubdtype(value.dtype, np.floating):

@@ -38,7 +38,7 @@ def dual_cone(gram: Array | Tensor, reference: Vector | None = None) -> Result[A
 
     Args:
         gram: (T, T) array or tensor, as `fastmto.solvers.bargaining`: computed in float64 on the
-            host, not modified; a float64 or float32 CPU tensor is read in place.
+            host, not modified; contiguous float64 or float32 CPU tensors are read in place.
         reference: (T,) finite u; 1/T each by default.
 
     Returns:
@@ -69,7 +69,7 @@ def upgrad(gram: Array | Tensor, preference: Vector | None = None) -> Result[Any
 
     Args:
         gram: (T, T) array or tensor, as `fastmto.solvers.bargaining`: computed in float64 on the
-            host, not modified; a float64 or float32 CPU tensor is read in place.
+            host, not modified; contiguous float64 or float32 CPU tensors are read in place.
         preference: (T,) finite p; 1/T each by default.
 
     Returns:

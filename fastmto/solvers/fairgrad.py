@@ -37,7 +37,7 @@ def fairgrad(gram: Array | Tensor, alpha: float = 1.0) -> Result[Any]:
 
     Args:
         gram: (T, T) array or tensor, as `fastmto.solvers.bargaining`: computed in float64 on the
-            host, not modified; a float64 or float32 CPU tensor is read in place.
+            host, not modified; contiguous float64 or float32 CPU tensors are read in place.
         alpha: in [0.01, 100).
 
     Returns:

@@ -39,7 +39,7 @@ def mgda(gram: Array | Tensor) -> Result[Any]:
 
     Args:
         gram: (T, T) array or tensor, as `fastmto.solvers.bargaining`: computed in float64 on the
-            host, not modified; a float64 or float32 CPU tensor is read in place.
+            host, not modified; contiguous float64 or float32 CPU tensors are read in place.
 
     Returns:
         `Result` with `weights` (T,) as `fastmto.solvers.bargaining` returns them, None unless

@@ -35,7 +35,7 @@ def pcgrad(gram: Array | Tensor, orders: Any) -> Result[Any]:
 
     Args:
         gram: (T, T) array or tensor, as `fastmto.solvers.bargaining`: computed in float64 on the
-            host, not modified; a float64 or float32 CPU tensor is read in place.
+            host, not modified; contiguous float64 or float32 CPU tensors are read in place.
         orders: (T, T-1) integers, row i the other tasks in the order in which task i meets them;
             the paper draws them anew at each step. int64 arrays are read in place.
 
