@@ -724,7 +724,19 @@ def test_features_that_would_count_twice_or_not_at_all():
         balancer.backward(around, model.trunk.parameters(), features=z)
     cut = z.detach().requires_grad_()
     with pytest.raises(ValueError, match=r"features\[0\] is a leaf"):
-        balancer.backward([head(cut).sum() for head in model.heads], features=cut)
+        balancer.backward(
+            [head(cut).sum() for head in model.heads], model.trunk.parameters(), features=cut
+        )
+    # Without the trunk's parameters the joint gradient stays there, for a pass of one's own.
+    losses = [head(cut).sum() for head in model.heads]
+    _, info = balancer.backward(losses, features=cut)
+    close(
+        cut.grad,
+        sum(
+            w * torch.autograd.grad(head(cut).sum(), cut)[0]
+            for w, head in zip(info.weights.tolist(), model.heads, strict=True)
+        ),
+    )
     with pytest.raises(ValueError, match="level must be 'features', got 'parameters'"):
         fastmto.get("mgda_ub", level="parameters")
     with pytest.raises(ValueError, match="level must be 'parameters': features of different"):

@@ -205,7 +205,7 @@ def test_uncertainty_from_the_start_of_libmtl(bench: Bench) -> None:
 
 
 #: What moves the model without a gradient at the representation, and what needs one.
-NOT_AT_REPRESENTATIONS = {"pub", "marigold"}
+NOT_AT_REPRESENTATIONS = {"pub", "marigold", "db_mtl"}
 ONLY_AT_REPRESENTATIONS = {"mgda_ub"}
 
 

@@ -254,8 +254,8 @@ def survey(batch: Batch, inputs: Sequence[Tensor], heads: Sequence[Head]) -> Non
     """Look at the graph once, when buffers are made, for what would go wrong in silence.
 
     Raises:
-        ValueError: a parameter listed twice; features that are leaves, lie behind one another, or
-            that a loss goes round on its way to the shared parameters.
+        ValueError: a parameter listed twice; features that are cut off from the shared parameters,
+            lie behind one another, or that a loss goes round on its way to these.
         RuntimeError: a reentrant checkpoint, which hides parameters from `torch.autograd.grad`.
     """
     at_features = batch.features is not None and inputs is batch.features
@@ -271,8 +271,11 @@ def survey(batch: Batch, inputs: Sequence[Tensor], heads: Sequence[Head]) -> Non
     if at_features:
         for k, z in enumerate(inputs):
             others = [x for x in inputs if x is not z]
-            if z.is_leaf:
-                raise ValueError(f"features[{k}] is a leaf: no trunk lies behind it")
+            if z.is_leaf and trunk:
+                raise ValueError(
+                    f"features[{k}] is a leaf: no shared parameter lies behind it (leave "
+                    "shared_parameters out to get the joint gradient in its .grad)"
+                )
             if others and reaches(z, others):
                 raise ValueError(
                     f"features[{k}] is computed from another of the features: its gradient would "

@@ -30,6 +30,7 @@ from ..balancers.base import Balancer, Info
 from ..balancers.dwa import DWA
 from ..balancers.famo import FAMO
 from ..balancers.gradient_balancer import GradientBalancer, GramBalancer
+from ..balancers.db_mtl import DBMTL
 from ..balancers.gradnorm import GradNorm
 from ..balancers.loss_balancer import LossBalancer
 from ..balancers.nashmtl import NashMTL
@@ -131,6 +132,8 @@ class BalancerWeighting(AbsWeighting):
             raise ValueError(f"dist must be 'Normal', got {args['dist']!r}")
         if "device" in inspect.signature(self.method).parameters:
             options.setdefault("device", self.device)
+        if self.rep_grad and self.method is DBMTL:
+            raise ValueError("rep_grad must be False for DBMTL: it smooths gradients over batches")
         if self.rep_grad and issubclass(self.method, GradientBalancer):
             options["level"] = "features"
         elif self.rep_grad and not issubclass(self.method, LossBalancer):
