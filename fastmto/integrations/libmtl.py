@@ -27,10 +27,10 @@ except ImportError as error:
 
 from .. import registry
 from ..balancers.base import Balancer, Info
+from ..balancers.db_mtl import DBMTL
 from ..balancers.dwa import DWA
 from ..balancers.famo import FAMO
 from ..balancers.gradient_balancer import GradientBalancer, GramBalancer
-from ..balancers.db_mtl import DBMTL
 from ..balancers.gradnorm import GradNorm
 from ..balancers.loss_balancer import LossBalancer
 from ..balancers.nashmtl import NashMTL
