@@ -11,7 +11,7 @@ from marigold_cases import Quadratics, Smooth, parameter
 
 import fastmto
 from fastmto import MARIGOLD, reference_marigold
-from fastmto.zeroth_order import estimators, perturb
+from fastmto.zeroth_order import estimators
 
 CASE = Quadratics()
 START = (1.0, 2.0)
@@ -347,36 +347,3 @@ def test_info_and_repr() -> None:
     assert info.dropped is None
     assert repr(balancer).startswith("MARIGOLD(n_tasks=2, criterion='mgda', estimator='forward'")
     assert copy.deepcopy(balancer).lambda_.tolist() == balancer.lambda_.tolist()
-
-
-def test_eta_is_measured_on_a_sample_of_many_parameters() -> None:
-    """SGD: exact whatever is sampled; Adam: near the true ratio of lengths."""
-    torch.manual_seed(0)
-    shapes = [(700, 701), (3,), (100, 130), (64,)]
-    theta = [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
-    total = sum(p.numel() for p in theta)
-    taken = perturb.sample(theta, theta)
-    assert perturb.SAMPLE / 2 < len(taken) < 2 * perturb.SAMPLE < total
-    assert len(perturb.sample([None] * 4, theta)) == len(taken)
-    slope = [torch.randn(2, *shape, dtype=torch.float64) for shape in shapes]
-
-    def losses() -> torch.Tensor:
-        return torch.stack(
-            [sum((g[j] * p).sum() for g, p in zip(slope, theta, strict=True)) for j in (0, 1)]
-        )
-
-    for make, bound in ((torch.optim.SGD, 1e-9), (torch.optim.Adam, 0.02)):
-        for p in theta:
-            p.grad = None
-        optimizer = make(theta, lr=1e-3)
-        balancer = MARIGOLD(estimator="reuse")
-        start = losses()
-        balancer.backward(start, theta)
-        before = [p.detach().clone() for p in theta]
-        optimizer.step()
-        after = losses()
-        balancer.update(after)
-        moved = sum((p.detach() - q).square().sum() for p, q in zip(theta, before, strict=True))
-        d = sum(p.grad.square().sum() for p in theta)
-        y = (start - after).detach() / (moved / d).sqrt()
-        assert torch.allclose(balancer.last_derivatives, y, rtol=bound)

@@ -19,7 +19,7 @@ from ..zeroth_order.functional import FunctionalClosure
 from ..zeroth_order.joint import Joint, backward, joint_backward
 from ..zeroth_order.known_vectors import KnownVectors
 from ..zeroth_order.options import DIRECTIONS_A_TASK, GramCriterion, Options
-from ..zeroth_order.perturb import check_displaceable, sample
+from ..zeroth_order.perturb import Copies, check_displaceable
 from ..zeroth_order.probe import Point, Probe
 from ..zeroth_order.replay import RandomState, Replay
 from ..zeroth_order.simplex_rules import FamoRule, Mirror, Projected, SimplexRule
@@ -66,9 +66,7 @@ class _Reuse:
     tasks: list[int]
     values: Tensor
     length: float
-    shared: list[Tensor]
-    sampled: Tensor | None
-    sampled_length: float
+    copies: Copies | None
 
 
 class MARIGOLD(Balancer):
@@ -135,8 +133,7 @@ class MARIGOLD(Balancer):
         forward_dtype: the precision of the forward pass; None: that of the narrowest tensor
             in the graph of the first losses, so that autocast is seen.
         step_size: eta for "reuse", e.g. SGD's learning rate. None: measured, as the length of the
-            actual step over ||d||, on at most about 131,072 of the shared parameters, which is
-            exact for SGD and within a few percent where they all move alike.
+            actual step over ||d||, from a copy of the shared parameters.
         n_directions: R; None: 4 T.
         distribution: of the directions: "gaussian", "rademacher" or "sphere" (of radius
             sqrt(P)).
@@ -424,29 +421,19 @@ class MARIGOLD(Balancer):
         if not math.isfinite(length):
             self._drop("the gradient is not finite", info)
         elif self.estimator == "reuse":
-            self._reuse = self._remember(batch, values, joint)
+            copies = None
+            if not self.options.famo and self.options.step_size is None:
+                assert batch.shared is not None
+                copies = self._probe.copies_for(batch.shared, 1)
+                copies.displace(0, [None] * len(copies.parameters), 0.0)
+            start = self._transformed(batch.tasks, values)
+            self._reuse = _Reuse(batch.tasks, start, length, copies)
         elif length == 0 and not self.options.by_gram:
             self.stats["stationary"] += 1
             self._found = True
         else:
             assert joint is not None
             self._estimate(batch, self._point(batch, values), joint, info)
-
-    def _remember(self, batch: Batch, values: Tensor, joint: Joint | None) -> _Reuse:
-        """The losses and, where eta is to be measured, some of theta and of d."""
-        found = _Reuse(
-            batch.tasks,
-            self._transformed(batch.tasks, values),
-            1.0 if joint is None else joint.length,
-            batch.shared or [],
-            None,
-            0.0,
-        )
-        if not self.options.famo and self.options.step_size is None:
-            assert joint is not None
-            found.sampled = sample(found.shared, found.shared)
-            found.sampled_length = float(sample(joint.direction, found.shared).norm())
-        return found
 
     def _point(self, batch: Batch, values: Tensor) -> Point:
         tasks, shared, closure = batch.tasks, batch.shared, batch.closure
@@ -568,11 +555,10 @@ class MARIGOLD(Balancer):
         change = before.values - self._transformed(before.tasks, values)
         eta = 1.0 if self.options.famo else self.options.step_size
         if eta is None:
-            assert before.sampled is not None
-            moved = float((sample(before.shared, before.shared) - before.sampled).norm())
-            eta = moved / before.sampled_length if before.sampled_length > 0 else 0.0
+            assert before.copies is not None
+            eta = before.copies.distance(0) / before.length
         if eta == 0:
-            self._drop("the optimizer's step is not one along the gradient", None)
+            self._drop("the optimizer's step moved no shared parameter", None)
         elif not bool(change.isfinite().all()):
             self._drop("a loss after the step is not finite", None)
         else:

@@ -27,9 +27,6 @@ Vector = Sequence[Tensor | None]
 #: Elements that `along` works on at once: two rows of them stay in a core's cache.
 _CHUNK = {"cpu": 1 << 16}
 _CHUNK_ELSE = 1 << 22
-#: Elements that `sample` takes, in blocks of 64.
-SAMPLE = 1 << 17
-_BLOCK = 64
 
 
 class Copies:
@@ -204,6 +201,13 @@ class Copies:
                 total += difference_along(view, p, v)
         return total
 
+    @torch.no_grad()
+    def distance(self, row: int) -> float:
+        """||row - theta||; the row is used up."""
+        views = self._views[row]
+        torch._foreach_sub_(views, [p.detach() for p in self.parameters])
+        return norm(views)
+
     def evaluate(self, row: int, closure: Callable[[], Result]) -> Result:
         """What the closure returns with row `row` in the parameters' place, without a graph.
 
@@ -294,47 +298,20 @@ def norm(tensors: Sequence[Tensor]) -> float:
     return math.sqrt(sum(float(x.double()) ** 2 for x in torch._foreach_norm(list(tensors))))
 
 
-def difference_along(a: Tensor, b: Tensor, v: Tensor) -> float:
-    """<a - b, v> without temporaries of the tensors' size.
+def difference_along(a: Tensor, b: Tensor, v: Tensor | None) -> float:
+    """<a - b, v>, or <a - b, a - b> without v, without temporaries of the tensors' size.
 
     Args:
         a, b: dense, of the same strides.
         v: of the same shape.
     """
     x, y = as_vector(a), as_vector(b)
-    z = as_vector(laid_like(v, b))
+    z = None if v is None else as_vector(laid_like(v, b))
     chunk = min(_CHUNK.get(a.device.type, _CHUNK_ELSE), len(x))
     difference = x.new_empty(chunk)
     parts = []
     for start in range(0, len(x), chunk or 1):
         end = min(start + chunk, len(x))
         part = torch.sub(x[start:end], y[start:end], out=difference[: end - start])
-        parts.append(torch.dot(part, z[start:end]))
+        parts.append(torch.dot(part, part if z is None else z[start:end]))
     return float(torch.stack(parts).double().sum()) if parts else 0.0
-
-
-@torch.no_grad()
-def sample(tensors: Vector, like: Sequence[Tensor]) -> Tensor:
-    """About `SAMPLE` elements of all tensors together, always the same ones: blocks of 64 spread
-    evenly; all elements where there are no more, and of tensors of at most 64.
-
-    Args:
-        tensors: shaped like the parameters; None stands for zeros.
-        like: the parameters, dense.
-
-    Returns:
-        (n,) float64, new memory, on the first parameter's device.
-    """
-    share = max(1, sum(p.numel() for p in like) // SAMPLE)
-    pieces = []
-    for x, p in zip(tensors, like, strict=True):
-        n = p.numel()
-        blocks = max(1, n // (_BLOCK * share))
-        if x is None:
-            taken = p.new_zeros(n if share == 1 or n <= _BLOCK else blocks * _BLOCK)
-        else:
-            taken = as_vector(laid_like(x, p))
-            if share > 1 and n > _BLOCK:
-                taken = taken.as_strided((blocks, _BLOCK), (_BLOCK * share, 1)).reshape(-1)
-        pieces.append(taken.to(like[0].device, torch.float64))
-    return torch.cat(pieces)
