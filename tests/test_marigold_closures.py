@@ -8,6 +8,8 @@ import pytest
 import torch
 from marigold_cases import Quadratics, Smooth, parameter
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastmto
 from fastmto import MARIGOLD, FunctionalClosure
@@ -520,6 +522,52 @@ def test_parameters_of_several_dtypes_and_shapes() -> None:
     g = torch.stack([torch.cat([x.reshape(-1).double() for x in row]) for row in rows])
     assert info.derivatives.tolist() == pytest.approx((g @ g.mean(0)).tolist(), rel=1e-3)
     assert all(torch.equal(p, v) for p, v in zip([a, b, c, e], before, strict=True))
+
+
+class Allocations(TorchDispatchMode):
+    """Counts new storages of at least `least` elements."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.sizes = least, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {
+            x.untyped_storage().data_ptr()
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, Tensor)
+        }
+        for x in tree_leaves(result):
+            large = isinstance(x, Tensor) and x.numel() >= self.least
+            if large and x.untyped_storage().data_ptr() not in given:
+                self.sizes.append(x.numel())
+        return result
+
+
+@pytest.mark.parametrize("estimator", ["forward", "central", "directions", "reuse"])
+def test_no_memory_beyond_one_copy(estimator: str) -> None:
+    """Sequential: one row of displaced parameters at the first estimate, then nothing any more."""
+    theta = nn.Parameter(torch.linspace(-1, 1, 200_000))
+    small = [torch.arange(0, 200_000, 7), torch.arange(3, 200_000, 11)]
+
+    def losses() -> Tensor:
+        return torch.stack([theta[index].square().mean() for index in small])
+
+    for distribution in ("gaussian", "sphere"):
+        balancer = MARIGOLD(estimator=estimator, distribution=distribution)
+        counts = []
+        for _ in range(3):
+            theta.grad = None
+            with Allocations(150_000) as plain:
+                losses().sum().backward()
+            theta.grad = None
+            with Allocations(150_000) as ours:
+                balancer.backward(losses(), [theta], closure=losses)
+                theta.data.sub_(theta.grad, alpha=0.1)
+                balancer.update(losses())
+            counts.append(len(ours.sizes) - len(plain.sizes))
+        assert counts == [1, 0, 0]
 
 
 def test_copies_are_kept_between_steps() -> None:

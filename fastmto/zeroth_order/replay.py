@@ -32,11 +32,8 @@ class RandomState:
             count = torch.cuda.device_count() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
             indices = list(range(count))
         else:
-            indices = sorted(
-                {torch.cuda.current_device() if d.index is None else d.index}.pop()
-                for d in devices
-                if d.type == "cuda"
-            )
+            cuda = [d for d in devices if d.type == "cuda"]
+            indices = [torch.cuda.current_device() if d.index is None else d.index for d in cuda]
         self._cpu = torch.get_rng_state()
         self._cuda = {i: torch.cuda.get_rng_state(i) for i in dict.fromkeys(indices)}
 
