@@ -42,7 +42,7 @@ class Balanced:
         self.optimizer = torch.optim.Adam(
             [{"params": list(model.parameters())}, *learned], fused=True
         )
-        self.update = getattr(self.balancer, "update", None)
+        self.update = self.balancer.update if self.balancer.needs_update else None
 
     def step(self) -> None:
         self.optimizer.zero_grad()

@@ -131,9 +131,7 @@ class Balanced:
         self._shared = list(shared_parameters)
         self._heads = [list(head) for head in task_parameters]
         self._last_shared = None if last_shared_parameters is None else list(last_shared_parameters)
-        # MARIGOLD has the method, and refuses it with estimators that need no second look.
-        estimator = getattr(balancer, "estimator", "reuse")
-        self.looks_back = hasattr(balancer, "update") and estimator == "reuse"
+        self.looks_back = balancer.needs_update
         self.at_features = getattr(balancer, "level", None) == "features"
 
     @property

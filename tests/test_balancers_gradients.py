@@ -918,3 +918,27 @@ def test_db_mtl_is_the_papers(decay):
             losses, model.head_parameters(), own_heads(model, x), strict=True
         ):
             close(grads(head), [g / loss for g in own])
+
+
+def test_nashmtl_bounds_a_held_step_too():
+    """Weights found for tiny gradients, held for large opposite ones."""
+    x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    balancer = fastmto.get("nashmtl", max_norm=1.0)
+
+    def step(rows):
+        x.grad = None
+        losses = [(x * torch.tensor(row, dtype=torch.float64)).sum() for row in rows]
+        return balancer.backward(losses, [x], [])[1]
+
+    step([[1e-6, 0.0], [0.0, 1e-6]])
+    close(x.grad.norm(), torch.ones(()).double())
+    with pytest.warns(RuntimeWarning, match="weights held"):
+        info = step([[3.0, 0.0], [-1.0, 0.0]])
+    assert info.status == "near_stationary"
+    assert 0.5 < float(x.grad.norm()) < 1 + 1e-9
+
+
+def test_methods_say_whether_they_need_an_update():
+    needing = [key for key in fastmto.available() if fastmto.get(key, 2).needs_update]
+    assert needing == ["famo"]
+    assert fastmto.get("marigold", 2, estimator="reuse").needs_update

@@ -198,6 +198,11 @@ class Balancer(ABC):
         """T; None where it was not given and no losses were seen yet."""
         return None if self.weights is None else len(self.weights)
 
+    @property
+    def needs_update(self) -> bool:
+        """Whether `update(losses)` belongs after the optimizer's step."""
+        return False
+
     def parameters(self) -> list[Parameter]:
         """Learnable parameters of the method, for the user's optimizer; [] for most methods.
 

@@ -112,6 +112,10 @@ class FAMO(LossBalancer):
         self._minima = like(self._minima, losses)
         return losses - take(self._minima, tasks)
 
+    @property
+    def needs_update(self) -> bool:
+        return True
+
     def update(self, losses: Losses) -> None:
         """Move the logits by how far the losses fell since the last search.
 

@@ -149,6 +149,7 @@ class GradientBalancer(Balancer):
             status = error.status
             self.stats["held"] += 1
             warn(f"weights held: {error} (stats['held'])")
+            weights = self._held(buffers, active, weights)
             buffers.combine(buffers.task_rows, active, weights)
         else:
             self._found = True
@@ -230,6 +231,10 @@ class GradientBalancer(Balancer):
             weights: (T,) float64 on the CPU; those of tasks not in `active` do not count.
         """
         buffers.combine(buffers.task_rows, active, weights)
+
+    def _held(self, buffers: Buffers, active: list[int], weights: Tensor) -> Tensor:
+        """The weights (T,) of a search without an answer, from the last ones."""
+        return weights
 
     def _head_weights(self, batch: Batch) -> list[float] | None:
         """What every task's own gradient is multiplied by on its heads; None for 1."""

@@ -256,6 +256,10 @@ class MARIGOLD(Balancer):
         """Steps between two estimates."""
         return self.update_weights_every
 
+    @property
+    def needs_update(self) -> bool:
+        return self.estimator == "reuse"
+
     def reset(self) -> None:
         self._probe = Probe(self.options)
         self._recorded: RandomState | None = None

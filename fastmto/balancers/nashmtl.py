@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from .. import weightings
+from .buffers import Buffers
 from .gradient_balancer import GradientOptions, GramBalancer
 
 if TYPE_CHECKING:
@@ -16,8 +19,8 @@ class NashMTL(GramBalancer):
     """Nash-MTL: the bargaining solution between the tasks' gradients, G a = 1/a.
 
     Source: Navon et al., Multi-Task Learning as a Bargaining Game, ICML 2022, arXiv 2202.01017,
-    Claim 3.1 and Algorithm 1. The bound `max_norm` is on the joint gradient of a search; between
-    two searches the weights stand as they were found.
+    Claim 3.1 and Algorithm 1. The bound `max_norm` is on the joint gradient of a search, also of
+    one that holds the last weights; between two searches the weights stand as they were found.
 
     Args:
         max_norm, method, preference: as `fastmto.weightings.NashMTL`.
@@ -36,4 +39,13 @@ class NashMTL(GramBalancer):
         **options: Unpack[GradientOptions],
     ) -> None:
         weighting = weightings.NashMTL(max_norm=max_norm, method=method, preference=preference)
+        self.max_norm = max_norm
         super().__init__(weighting, n_tasks, **options)
+
+    def _held(self, buffers: Buffers, active: list[int], weights: Tensor) -> Tensor:
+        """The last weights are as large as the gradients they were found for were small."""
+        own = weights[active]
+        length = float((own @ buffers.gram(active) @ own).clamp(min=0).sqrt())
+        if self.max_norm and length > self.max_norm:
+            weights[active] = own * (self.max_norm / length)
+        return weights
