@@ -11,12 +11,11 @@ namespace fastmto::solvers {
 namespace {
 
 constexpr double kAccepted = 1e-10;
-constexpr int kMaxRoots = 100;
+constexpr int kMaxRoots = 300;
 
 struct Path {
   Cone cone;
   ActiveSet set;
-  double reached;  // x'C x where the path ended
   double* s;
   double* beta;
   double* lift;   // in the order of the set
@@ -66,7 +65,6 @@ FASTMTO_INLINE double follow(Path* path, ActiveSet* set, double m, double ceilin
     const double b = inner(*set, p.x, p.s);
     double now = m * b - inner(*set, p.x, p.beta);
     now = max_of(now, 0.0);
-    path->reached = now;
     const double missing = radius2 - now;
     if (!(missing > 0.0)) {
       return m;
@@ -103,7 +101,6 @@ FASTMTO_INLINE double follow(Path* path, ActiveSet* set, double m, double ceilin
     m += rise;
     if (enter < 0 && leave < 0) {
       for (int i = 0; i < set->size; ++i) p.x[i] = max_of(m * p.lift[i] - p.drop[i], 0.0);
-      path->reached = radius2;
       return m;
     }
     if (enter < 0) {
@@ -209,7 +206,6 @@ FASTMTO_INLINE Status cagrad_body(int n, const double* gram, double c, double* w
   p.b = arena.take(ld);
   p.cone = carve_cone(n, ld, t.c, p.b, &arena);
   p.set = carve_active_set(n, ld, t.c, &arena);
-  p.reached = 0.0;
   double* eta = arena.take(ld);
   p.s = arena.take(ld);
   p.beta = arena.take(ld);
@@ -259,8 +255,11 @@ FASTMTO_INLINE Status cagrad_body(int n, const double* gram, double c, double* w
   for (int j = 0; j < ld; ++j) x[j] = 0.0;
   for (int i = 0; i < p.set.size; ++i) x[p.set.index[i]] = p.x[i];
   double residual = mismatch(p, p.set, m, eta_sum);
-  const bool short_of_it = !(p.reached >= (1.0 - kAccepted) * radius2) && m < ceiling;
-  if (!(residual <= kAccepted) || short_of_it) {
+  // p.slack is C x. Where lengths are 20 decades apart m loses its digits on the way.
+  const double off = std::fabs(dot(ld, x, p.slack) - radius2);
+  const double sum_x = total(ld, x);
+  const bool there = off <= kAccepted * radius2 + 8.0 * n * kEps * sum_x * sum_x;
+  if (!(residual <= kAccepted) || !(there || m >= ceiling)) {
     // One task alone would reach the radius at `highest`, all together not later.
     const double highest = min_of(ceiling, lowest + std::sqrt(radius2) / p.s[start]);
     m = search(&p, lowest, highest, radius2, most, &info->iterations);

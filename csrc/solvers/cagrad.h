@@ -17,8 +17,7 @@
 // g0 = 0 to rounding, v = 1/T. A zero gradient has <g_i, d> = 0 and weight 1/T.
 //
 // Contract: see bargaining.h. Info: changes of the active set; the largest violation of
-// <g_i, d> >= m (= where v_i > 1/T), relative to |g_i| sum_j v_j |g_j|, or | |d - g0| / (c |g0|) - 1|
-// where that is larger; kappa 0.
+// <g_i, d> >= m (= where v_i > 1/T), relative to |g_i| sum_j v_j |g_j|; kappa 0.
 #pragma once
 
 #include <cstddef>
