@@ -35,7 +35,8 @@ def cagrad(gram: Array | Tensor, c: float = 0.4) -> Result[Any]:
 
     Where g_w = 0 (Pareto stationary) the formula for v is void, and every d with gains >= 0 in the
     ball is a solution: v is that of the one closest to g0. Where g0 = 0, v = 1/T. A zero gradient
-    keeps 1/T.
+    keeps 1/T. Lengths more than 15 decades apart can end with |d - g0| below c |g0|: float64 then
+    holds no smallest gain in between.
 
     Statuses: solved, not_finite, not_symmetric, not_psd, max_iterations (not seen).
 
