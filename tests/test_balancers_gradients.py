@@ -942,3 +942,24 @@ def test_methods_say_whether_they_need_an_update():
     needing = [key for key in fastmto.available() if fastmto.get(key, 2).needs_update]
     assert needing == ["famo"]
     assert fastmto.get("marigold", 2, estimator="reuse").needs_update
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("passes", ["loop", "batched"])
+def test_a_gpu_gives_what_the_cpu_gives(name, passes):
+    results = []
+    for device in ("cpu", "cuda"):
+        model, x = model_of().to(device), data().to(device)
+        options = {"device": device} if name == "imtl" else {}
+        balancer = fastmto.get(name, n_tasks=T, passes=passes, **options)
+        for _step in range(2):
+            model.zero_grad()
+            z = model.trunk(x)
+            losses = [(head(z.tanh()) - i).pow(2).mean() for i, head in enumerate(model.heads)]
+            call(balancer, model, x, losses, features=z)
+        results.append([p.grad.cpu() for p in model.parameters()])
+    if name != "graddrop":  # whose random numbers are the device's
+        for a, b in zip(*results, strict=True):
+            close(a, b, rtol=1e-7, atol=1e-9)
