@@ -99,7 +99,7 @@ def bargaining_kernel(
     inside = i < tasks
     status, length, c = take_apart(gram, tasks, TP, ZEROS=False)
     diagonal = i[:, None] == i[None, :]
-    c += tl.where(diagonal, ridge, 0.0)
+    c = tl.where(diagonal, c + ridge, c)
     y = tl.where(inside, 1.0, tl.zeros((TP,), tl.float64))
     if preference is None:
         p = y
@@ -174,6 +174,7 @@ def bargaining_kernel(
             status = tl.where(definite, status, NOT_PSD)
             y = y * (1.0 + t * z)
             steps += 1
+    length = tl.where(length > 0.0, length, 1.0)
     tl.store(weights + i, y / length * tl.sqrt(p_scale), mask=inside & (status == SOLVED))
     report(info, status, iterations, residual, kappa)
 
