@@ -47,8 +47,6 @@ if __name__ == "__main__":
     for tasks in (8, 32, 64):
         powers = torch.ones(tasks, dtype=torch.float64)
         kernels[f"bargaining T={tasks}"] = compiled(bargaining, tasks)
-        kernels[f"bargaining T={tasks} preference"] = compiled(
-            bargaining, tasks, preference=powers
-        )
+        kernels[f"bargaining T={tasks} preference"] = compiled(bargaining, tasks, preference=powers)
         kernels[f"mgda T={tasks}"] = compiled(mgda, tasks)
     sys.stdout.write(json.dumps(kernels))

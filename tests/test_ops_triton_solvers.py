@@ -277,8 +277,6 @@ def test_other_numbers_of_tasks_are_refused(solver: Callable[..., None], tasks: 
         solver(gram, *outputs)
 
 
-
-
 @pytest.fixture(scope="module", params=[80, 90, 100], ids=lambda arch: f"sm_{arch}")
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Result of compiling without a GPU, by kernel; in a process that does not interpret."""

@@ -93,7 +93,6 @@ def bargaining_kernel(
     tol: tl.float64,
     ridge: tl.float64,
     TP: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     i = tl.arange(0, TP)
     inside = i < tasks
@@ -150,7 +149,8 @@ def bargaining_kernel(
                 a = c * y[:, None] * y[None, :]
                 a = tl.where(diagonal, a + p_padded[:, None], a)
                 lowest = p_padded
-                if UNROLL:
+                if TP <= 32:
+                    # One warp: a row known at compile time costs nothing to pick.
                     for k in tl.static_range(TP):
                         if k < tasks:
                             a, lowest = eliminate(a, lowest, k, i)

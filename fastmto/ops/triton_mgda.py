@@ -18,6 +18,10 @@ x stops at its border and the task there leaves. H is swept on the set, one swee
 enters; when one leaves all sweeps are made anew, the largest pivot first, as undoing a sweep on a
 small pivot would leave nothing but rounding. One step of refinement follows each solve.
 
+The value w'G w is right to rounding, eps (sum_i w_i |g_i|)^2. Where it is not above that (0 in the
+hull) and gradients nearly repeat, the conditions for it may be violated by more, up to 1e-8, the
+root of rounding.
+
 All loops are bounded and end as soon as they may: which steps are made depends on the Gram matrix
 only, nothing waits for the host, and the same input gives the same bits.
 """
@@ -38,7 +42,6 @@ from .triton_small import (
     NOT_PSD,
     RUNNING,
     SOLVED,
-    at,
     report,
     row,
     run,
@@ -91,7 +94,6 @@ def mgda_kernel(
     info,  # (4,) float64
     tasks,  # T
     TP: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     i = tl.arange(0, TP)
     inside = i < tasks

@@ -1,8 +1,11 @@
 """What the small solvers on the device share: the checks of a Gram matrix and one sweep.
 
 A solver is one program. T tasks are padded to TP = 16, 32 or 64; matrices (TP, TP) and vectors
-(TP,) stay in its registers, in float64 throughout. Matrices are symmetric, so every sum over one
-runs over axis 0: there a thread adds its own registers.
+(TP,) stay in its registers, in float64 throughout: what is solved may be as ill-conditioned as
+float64 can tell, and the time is that of exchanges between threads, not of the arithmetic, which
+data-center GPUs (sm_80, sm_90, sm_100) do at half the rate of float32; on others, with 1/64 of it,
+it is right and slow. Matrices are symmetric, so every sum over one runs over axis 0: there a thread
+adds its own registers.
 """
 
 # Triton's language is not Python's: kernels carry no types for mypy.
@@ -129,4 +132,4 @@ def run(kernel: Any, gram: Tensor, weights: Tensor, info: Tensor, *args: Any) ->
     size = 16 if tasks <= 16 else 32 if tasks <= 32 else 64
     # Up to 32 tasks one warp: nothing but its own lanes is waited for.
     tiling = Tiling(size, warps=8 if size == 64 else 1)
-    launch(kernel, (1,), gram.device, tiling, gram, weights, info, tasks, *args, TP=size, UNROLL=size <= 32)
+    launch(kernel, (1,), gram.device, tiling, gram, weights, info, tasks, *args, TP=size)
