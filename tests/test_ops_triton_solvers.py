@@ -50,16 +50,19 @@ class Outcome(NamedTuple):
 
 
 def solved_on_device(solver: Callable[..., None], gram: Array, **options: Any) -> Outcome:
-    """Solve on poisoned outputs, twice: the same bits, and weights only from a solved problem."""
+    """Solve on poisoned outputs, twice: the same bits, and weights only from a solved problem.
+
+    Interpreted, larger problems are solved once.
+    """
     device_gram = torch.tensor(np.asarray(gram, dtype=np.float64), device=DEVICE)
     before = device_gram.clone()
     runs = []
-    for poison in (torch.nan, -1.0):
+    for poison in (torch.nan, -1.0)[: 2 if DEVICE.type == "cuda" or len(gram) <= 8 else 1]:
         weights = torch.full((len(gram),), poison, dtype=torch.float64, device=DEVICE)
         info = torch.full((4,), poison, dtype=torch.float64, device=DEVICE)
         solver(device_gram, weights, info, **options)
         runs.append((weights, info))
-    (first, info), (again, same) = runs
+    (first, info), (again, same) = runs[0], runs[-1]
     status = STATUSES[int(info[0])]
     assert info.isfinite().all()
     assert torch.equal(info, same)
@@ -67,7 +70,7 @@ def solved_on_device(solver: Callable[..., None], gram: Array, **options: Any) -
         assert torch.equal(first, again)
     else:
         assert first.isnan().all()
-        assert (again == -1).all()
+        assert again is first or (again == -1).all()
     assert torch.equal(device_gram.nan_to_num(7), before.nan_to_num(7))
     _, iterations, residual, kappa = info.tolist()
     return Outcome(first.cpu().numpy(), status, int(iterations), residual, kappa)
@@ -142,7 +145,7 @@ def test_bargaining_of_sampled_grams(tasks: int, number: int, kind: str) -> None
 @pytest.mark.parametrize(("tasks", "number", "kind"), CASES)
 def test_mgda_of_sampled_grams(tasks: int, number: int, kind: str) -> None:
     decades = (12.0, 0.0)[number % 2]
-    check_mgda(samplers.gram(seeded(tasks, number), tasks, kind, decades), exact=1e-8)
+    check_mgda(samplers.gram(seeded(tasks, number), tasks, kind, decades), exact=1e-11)
 
 
 @pytest.mark.parametrize("tasks", [2, 5, 16, 33])

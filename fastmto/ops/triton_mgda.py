@@ -18,9 +18,8 @@ x stops at its border and the task there leaves. H is swept on the set, one swee
 enters; when one leaves all sweeps are made anew, the largest pivot first, as undoing a sweep on a
 small pivot would leave nothing but rounding. One step of refinement follows each solve.
 
-The value w'G w is right to rounding, eps (sum_i w_i |g_i|)^2. Where it is not above that (0 in the
-hull) and gradients nearly repeat, the conditions for it may be violated by more, up to 1e-8, the
-root of rounding.
+The value w'G w is right to rounding, eps (sum_i w_i |g_i|)^2. Near Pareto stationarity it is that
+small and says no more whether a step was one forwards; the conditions for a minimum still do.
 
 All loops are bounded and end as soon as they may: which steps are made depends on the Gram matrix
 only, nothing waits for the host, and the same input gives the same bits.
@@ -51,6 +50,8 @@ from .triton_small import (
 
 #: Sweeps at most, for each task of the padded problem.
 MAX_SWEEPS = tl.constexpr(64)
+#: Steps that gain nothing before rounding is blamed.
+PATIENCE = tl.constexpr(4)
 #: A pivot below this times the order times the level of rounding is none.
 DEPENDENT = tl.constexpr(16.0)
 #: Indefiniteness beyond this is not rounding, not even that of a float32 Gram matrix.
@@ -122,6 +123,7 @@ def mgda_kernel(
     reached = one * -HUGE  # b'x
     residual = one * 0.0
     sweeps = tl.full((), 0, tl.int32)
+    stalled = sweeps
     while status == RUNNING:
         missing = members & (swept == 0)
         n_missing = tl.sum(missing.to(tl.int32), axis=0)
@@ -171,11 +173,13 @@ def mgda_kernel(
                 held = i < 0
                 gain = tl.sum(x * b, axis=0)
                 worst = violation(x, r, inside)
-                # Neither grows the one nor falls the other any more: rounding.
-                ended = (gain <= reached) & (worst >= residual) & (size > 0)
-                status = tl.where(ended, SOLVED, status)
-                reached = gain
-                residual = worst
+                # The value, or else the largest violation: what neither improves is rounding.
+                stalled = tl.where(
+                    (gain <= reached) & (worst >= residual) & (size > 0), stalled + 1, 0
+                )
+                status = tl.where(stalled == PATIENCE, SOLVED, status)
+                reached = tl.maximum(gain, reached)
+                residual = tl.where(stalled == 0, worst, residual)
             members = members & (leaving == 0)
             if (n_blocking == 0) | refused:
                 noise = (b + tl.sum(x, axis=0)) * level * (8 + size).to(tl.float64)
