@@ -303,7 +303,7 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_compiles_without_spills_and_fits_shared_memory(kernels: dict[str, Any]) -> None:
     assert len(kernels) == 9
     for name, made in kernels.items():
-        # 24 bytes with Triton 3.6.0 and 3.7.1: addresses kept beside two matrices in registers.
+        # At most 24 bytes with Triton 3.6.0 and 3.7.1: two matrices in one warp's registers.
         assert made["stack"] <= (64 if name.startswith("bargaining T=32") else 0), name
         assert made["shared"] <= 4096, name
 

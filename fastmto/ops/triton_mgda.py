@@ -212,6 +212,9 @@ def mgda_kernel(
 def mgda(gram: Tensor, weights: Tensor, info: Tensor) -> None:
     """`fastmto.solvers.mgda` on the device of gram; nothing is read there.
 
+    A Gram matrix that float32 rounding made indefinite (rank far below T) can be solved here where
+    the host, which takes the tasks in another order, meets a negative direction: not_psd.
+
     Args:
         gram: (T, T) float64, contiguous, T <= 64. Not modified.
         weights: (T,) float64, contiguous; written if and only if the status is "solved".
