@@ -110,7 +110,8 @@ class MARIGOLD(Balancer):
     CUDA generators) and the same module buffers, and leaves generators, buffers and parameters as
     they were, also when the closure raises (`fastmto.zeroth_order`). Dropout draws the same masks
     in the given losses, too, if they are computed inside `recording()`; "forward" and "reuse" need
-    that wherever losses are random.
+    that wherever losses are random. "directions" and "span" do not: with difference="forward" they
+    evaluate the losses at theta, too, where nothing was recorded.
 
     Args:
         n_tasks: T; None: found at the first backward.
@@ -137,7 +138,8 @@ class MARIGOLD(Balancer):
         n_directions: R; None: 4 T.
         distribution: of the directions: "gaussian", "rademacher" or "sphere" (of radius
             sqrt(P)).
-        difference: "forward" or "central", for "directions" and "span".
+        difference: for "directions" and "span": "forward", R evaluations and, unless the losses
+            were computed inside `recording()`, one at theta; or "central", 2 R.
         seed: of the directions, 0 <= seed < 2^31; they are regenerated from it, never stored.
         span: what the known vectors are: "gradients", the tasks' gradients at the last refresh
             (T backwards then; T vectors are kept), or "steps", the last `n_directions` joint

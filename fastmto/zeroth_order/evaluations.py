@@ -127,6 +127,11 @@ class Evaluations:
         self.count += 1
         return losses
 
+    def undisplaced(self) -> Tensor:
+        """(n,) float64 on the CPU, the losses at the parameters themselves; takes row 0."""
+        self._copies.displace(0, [None] * len(self._copies.parameters), 0.0)
+        return self._at(0).to("cpu", torch.float64)
+
     def sequential(self, points: Along | Random) -> Evaluated:
         """One point after the other in row 0."""
         along, values = [], []
@@ -162,10 +167,10 @@ class Evaluations:
             The first task whose loss is another now; None if there is none.
         """
         if points is None:
-            self._copies.displace(0, [None] * len(self._copies.parameters), 0.0)
+            self.again = self.undisplaced()
         else:
             points.write(self._copies, 0, 0)
-        self.again = self._at(0).to("cpu", torch.float64)
+            self.again = self._at(0).to("cpu", torch.float64)
         same = (self.again - first).abs() <= REPEATS_WITHIN * eps * first.abs()
         differ = (~same & first.isfinite()).nonzero()
         return int(differ[0]) if len(differ) else None

@@ -70,9 +70,9 @@ class Probe:
         copies = self.copies_for(point.shared, 2 if central else 1)
         mu = self._mu(point, copies, joint.length, central)
         points = Along([joint.direction], [mu, -mu] if central else [mu])
-        found = self._evaluate(point, copies, points, central)
+        found, base = self._evaluate(point, copies, points, central)
         shift = torch.tensor(found.along, dtype=torch.float64) / joint.length**2
-        return self._slopes(point, found, shift, central)[0]
+        return self._slopes(base, found, shift, central)[0]
 
     def random_gram(self, point: Point, first: int, count: int) -> Tensor:
         """G_hat (n, n) of the F_j from `count` random directions, those from number `first` on."""
@@ -83,10 +83,10 @@ class Probe:
         points = Random(
             [mu, -mu] if central else [mu], options.seed, first, count, options.distribution
         )
-        found = self._evaluate(point, copies, points, central)
+        found, base = self._evaluate(point, copies, points, central)
         # What rounding makes of mu u is the direction; its mean product is still the identity.
         shift = torch.tensor(points.scales, dtype=torch.float64).repeat_interleave(count)
-        return directions_gram(self._slopes(point, found, shift, central))
+        return directions_gram(self._slopes(base, found, shift, central))
 
     def span_gram(self, point: Point, known: KnownVectors) -> Tensor:
         """G_hat (n, n) of the F_j from the vectors that are not zero."""
@@ -102,9 +102,9 @@ class Probe:
         mu = self._mu(point, copies, 1.0, central)
         scales = torch.cat([mu / squares.sqrt(), -mu / squares.sqrt()][: 2 if central else 1])
         points = Along([known.vectors[k] for k in used.tolist()], scales.tolist())
-        found = self._evaluate(point, copies, points, central)
+        found, base = self._evaluate(point, copies, points, central)
         shift = torch.tensor(found.along, dtype=torch.float64) / squares.repeat(2 if central else 1)
-        return span_gram(self._slopes(point, found, shift, central), inner)
+        return span_gram(self._slopes(base, found, shift, central), inner)
 
     def copies_for(self, shared: list[Tensor], points: int) -> Copies:
         """The buffers for an estimate: those of the last one if they fit."""
@@ -136,35 +136,44 @@ class Probe:
 
     def _evaluate(
         self, point: Point, copies: Copies, points: Along | Random, central: bool
-    ) -> Evaluated:
-        """F at all points."""
+    ) -> tuple[Evaluated, Tensor]:
+        """F at all points, and (n,) what forward differences subtract.
+
+        Gram matrices take squares of differences: masks of dropout that the given losses do not
+        share would leave nothing of them, so where nothing was recorded the losses at the
+        parameters themselves are evaluated, too.
+        """
         evaluations = Evaluations(point.closure, point.read, copies, point.start)
+        base = None
         try:
+            if self._options.by_gram and not central and point.start is None:
+                base = evaluations.undisplaced()
             if self._options.evaluation == "batched":
                 found = evaluations.batched(points)
             else:
                 found = evaluations.sequential(points)
             if self._options.debug:
-                self._repeat(point, evaluations, points, found.values[0], central)
+                known = found.values[0] if central else base
+                self._repeat(point, evaluations, points if central else None, known)
         finally:
             self.count = evaluations.count
-        return Evaluated(point.transform(found.values), found.along)
+        base = point.values if base is None else base
+        return Evaluated(point.transform(found.values), found.along), point.transform(base)
 
     def _repeat(
         self,
         point: Point,
         evaluations: Evaluations,
-        points: Along | Random,
-        displaced: Tensor,
-        central: bool,
+        points: Along | Random | None,
+        known: Tensor | None,
     ) -> None:
-        """One evaluation more: at the parameters themselves where the given losses take part in
-        the estimate, otherwise at its first point again."""
-        first = displaced if central else point.values
+        """One evaluation more, at the first of `points` or at the parameters themselves, to compare
+        with the losses known there; None: the given ones."""
+        first = point.values if known is None else known
         eps = torch.finfo(self.precision or torch.float32).eps
-        k = evaluations.repeat(points if central else None, first, eps)
+        k = evaluations.repeat(points, first, eps)
         if k is not None:
-            was = "evaluated to" if central else "given to backward as"
+            was = "given to backward as" if known is None else "evaluated to"
             raise ValueError(
                 "closure must give the same losses whenever it is called at the same parameters: "
                 f"{point.label(k)} was {was} {float(first[k]):.9g}, then evaluated to "
@@ -173,10 +182,11 @@ class Probe:
                 "not computed inside recording()?"
             )
 
-    def _slopes(self, point: Point, found: Evaluated, shift: Tensor, central: bool) -> Tensor:
+    def _slopes(self, base: Tensor, found: Evaluated, shift: Tensor, central: bool) -> Tensor:
         """(R, n) derivatives along R vectors.
 
         Args:
+            base: (n,), F at the parameters themselves, for a forward difference.
             shift: (R,) or, central, (2 R,): what the points are displaced by, in units of the
                 vectors; the minus side last, as in `found`.
         """
@@ -184,4 +194,4 @@ class Probe:
             plus, minus = found.values.chunk(2)
             ahead, behind = shift.chunk(2)
             return (plus - minus) / (ahead - behind)[:, None]
-        return (found.values - point.transform(point.values)) / shift[:, None]
+        return (found.values - base) / shift[:, None]
