@@ -152,21 +152,21 @@ def test_pcgrad_over_gram_and_combine(benchmark, n_tasks: int, numel: int) -> No
     rows = torch.randn(n_tasks, numel)
     balancer = fastmto.get("pcgrad")
     balancer.backward([(x * row).sum() for row in rows], shared_parameters=[x])
-    flat, everyone = balancer._flat, list(range(n_tasks))
+    buffers, everyone = balancer._buffers, list(range(n_tasks))
     weights = balancer.weights
     expected = weights.float() @ rows
     torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     backend = ops.on(x.device)
     gram = torch.zeros(n_tasks, n_tasks, dtype=torch.float64)
-    out = torch.empty_like(flat.joint_rows[0])
+    out = torch.empty_like(buffers.joint_rows[0])
 
     def ours(_: int) -> None:
-        found = balancer._weigh(flat, everyone, None)[1]
-        balancer._join(flat, everyone, found)
+        found = balancer._weigh(buffers, everyone, None)[1]
+        balancer._join(buffers, everyone, found)
 
     def passes(_: int) -> None:
-        backend.gram(flat.task_rows[0], gram)
-        backend.combine(flat.task_rows[0], weights, out)
+        backend.gram(buffers.task_rows[0], gram)
+        backend.combine(buffers.task_rows[0], weights, out)
 
     times = take_turns({"ours": ours, "passes": passes}, n_sets(4 * numel))
     benchmark.extra_info.update(

@@ -964,3 +964,15 @@ def test_a_gpu_gives_what_the_cpu_gives(name, passes):
     if name != "graddrop":  # whose random numbers are the device's
         for a, b in zip(*results, strict=True):
             close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_heads_that_have_a_factor_of_their_own_take_no_weights():
+    for name in ("imtl", "db_mtl"):
+        with pytest.raises(ValueError, match="heads must be 'own'"):
+            fastmto.get(name, 2, heads="weighted")
+
+
+def test_nashmtl_as_published_can_be_asked_for():
+    balancer = fastmto.get("nashmtl", method="ccp", warm_start=True, max_steps=20)
+    assert balancer.weighting.warm_start
+    assert balancer.weighting.method == "ccp"

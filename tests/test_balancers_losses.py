@@ -1042,3 +1042,35 @@ def test_libmtl_gradnorm(libmtl) -> None:
     theirs.backward(torch.tensor(losses), alpha=1.5)
     z = torch.full((T,), 1 / T, dtype=torch.float64)
     close(theirs.loss_scale.grad, T * z * (by_weight - (z * by_weight).sum()), rtol=1e-6, atol=0)
+
+
+def test_dwa_goes_on_after_an_epoch_that_was_refused() -> None:
+    balancer = fastmto.get("dwa", 2, window=3)
+    epochs = [[1.0, 2.0], [1.0, 1.0], [-9.0, 1.0], [2.0, 1.0]] + [[1.0, 1.0]] * 4
+    refused = 0
+    for losses in epochs:
+        try:
+            balancer.backward(at(losses))
+        except ValueError:
+            refused += 1
+    assert refused == 1
+    assert balancer._epochs == [2, 2]
+    close(balancer._means, torch.tensor([[4 / 3, 4 / 3], [1.0, 1.0]]).to(balancer._means.dtype))
+
+
+def test_a_backward_that_raises_changes_nothing() -> None:
+    for key in ("famo", "banditmtl", "imtl_l"):
+        balancer = fastmto.get(key, 2)
+        losses = [loss.square() for loss in at([1.0, 2.0])]
+        torch.stack(losses).sum().backward()
+        before = balancer.state_dict()
+        with pytest.raises(RuntimeError, match="second time"):
+            balancer.backward(losses)
+        assert same(before | {"names": None}, balancer.state_dict() | {"names": None})
+
+
+def test_a_state_with_missing_parts_is_refused() -> None:
+    state = fastmto.get("dwa", 2).state_dict()
+    del state["state"]["sums"]
+    with pytest.raises(ValueError, match=r"state must hold .*'sums'"):
+        fastmto.get("dwa", 2).load_state_dict(state)

@@ -269,7 +269,7 @@ def test_python_dash_m() -> None:
         [sys.executable, "-m", "fastmto", "--help"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env={"PYTHONPATH": str(Path(cli.__file__).parent.parent), "PATH": ""},
         check=True,
     )

@@ -164,7 +164,7 @@ def test_ctrl_c_leaves_the_finished_runs(end: signal.Signals) -> None:
         os.killpg(process.pid, end)  # as a terminal does: to the workers, too
     else:
         process.send_signal(end)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "interrupted: 1 of 2 runs finished" in err
     assert "Traceback" not in err

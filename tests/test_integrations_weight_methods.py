@@ -419,3 +419,21 @@ def test_on_a_gpu(name: str) -> None:
     (cpu_loss, cpu), (gpu_loss, gpu) = outputs
     torch.testing.assert_close(gpu["weights"].cpu().double(), cpu["weights"].double())
     torch.testing.assert_close(gpu_loss.cpu(), cpu_loss)
+
+
+def test_logarithms_need_positive_losses() -> None:
+    name = next(name for name in METHODS if name.startswith("log_"))
+    x = torch.nn.Parameter(torch.ones(2))
+    method = WeightMethods(name, n_tasks=2, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"losses\[1\] must be positive: its logarithm is taken"):
+        method.backward(losses=torch.stack([x.sum(), -x.sum()]), shared_parameters=[x])
+    assert x.grad is None
+
+
+def test_a_skipped_step_does_not_clip_what_was_there() -> None:
+    x = torch.nn.Parameter(torch.ones(2))
+    x.grad = torch.full((2,), 100.0)
+    method = WeightMethods("nashmtl", n_tasks=2, device=torch.device("cpu"))
+    with pytest.warns(RuntimeWarning, match="step skipped"):
+        method.backward(losses=torch.stack([x.sum(), x.sum() * torch.nan]), shared_parameters=[x])
+    assert x.grad.tolist() == [100.0, 100.0]

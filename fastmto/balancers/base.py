@@ -342,6 +342,9 @@ class Balancer(ABC):
         if self.weights is None:
             self._set_tasks(len(weights))
         assert self.weights is not None
+        expected, got = set(self._state()), set(state_dict["state"])
+        if expected != got:
+            raise ValueError(f"state must hold {sorted(expected)}, got {sorted(got)}")
         self._load(state_dict["state"])
         self.weights = weights.clone()
         self.names = None if names is None else list(names)

@@ -56,6 +56,10 @@ class DBMTL(GradientBalancer):
                 "level must be 'parameters': features of different batches cannot be smoothed, "
                 f"got {options['level']!r}"
             )
+        if options.get("heads", "own") != "own":
+            raise ValueError(
+                f"heads must be 'own': they learn by log L_i, got {options['heads']!r}"
+            )
         super().__init__(n_tasks, **options)
 
     def reset(self) -> None:

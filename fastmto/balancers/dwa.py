@@ -98,13 +98,18 @@ class DWA(LossBalancer):
 
     def _observe(self, batch: Batch, losses: Tensor) -> None:
         assert self._sums is not None
+        before = self._sums, list(self._counts), self._elapsed
         sums = like(self._sums, losses)
         self._sums = put(sums, batch.tasks, take(sums, batch.tasks) + losses)
         for task in batch.tasks:
             self._counts[task] += 1
         self._elapsed += 1
         if self._elapsed == self.window:
-            self._close(self._reads(batch))
+            try:
+                self._close(self._reads(batch))
+            except ValueError:
+                self._sums, self._counts, self._elapsed = before  # the step is not made
+                raise
 
     def _close(self, reads: bool) -> None:
         """Turn the running sums into the newest means."""

@@ -53,6 +53,8 @@ class GradDrop(GradientBalancer):
         self.leak = None if leak is None else [float(x) for x in leak]
         if self.leak is not None and not all(0 <= x <= 1 for x in self.leak):
             raise ValueError(f"leak must be numbers in [0, 1], got {self.leak}")
+        if type(seed) is not int or seed < 0:
+            raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
         self.seed = seed
         super().__init__(n_tasks, **options)
 

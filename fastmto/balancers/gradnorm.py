@@ -106,6 +106,8 @@ class GradNorm(LossBalancer):
             self._refuse_low(batch, "takes a power of it", or_equal=False)
         else:
             self._refuse_low(batch, "divides by a task's first loss")
+        # While the graph is there: the backward of the weighted losses frees it.
+        self._measured = self._lengths(batch, losses)
         return take(like(self._w, losses), batch.tasks)
 
     def _learn(self, batch: Batch, losses: Tensor, weights: Tensor) -> None:
@@ -115,7 +117,7 @@ class GradNorm(LossBalancer):
                 initial = put(initial, [task], loss.reshape(1))
                 self._seen[task] = True
         self._initial = initial
-        lengths = self._lengths(batch, losses)
+        lengths = self._measured
         progress = losses / take(initial, batch.tasks)
         rates = progress / progress.mean()
         own = weights * lengths

@@ -41,6 +41,10 @@ class IMTL(GramBalancer):
         device: torch.device | str | None = None,
         **options: Unpack[GradientOptions],
     ) -> None:
+        if options.get("heads", "own") != "own":
+            raise ValueError(
+                f"heads must be 'own': they learn by exp(s_i) L_i, got {options['heads']!r}"
+            )
         self._device = device
         self._scales: list[Parameter] = []
         super().__init__(weightings.IMTLG(), n_tasks, **options)
@@ -52,6 +56,7 @@ class IMTL(GramBalancer):
         with torch.no_grad():  # in place, also by `reset`: an optimizer may hold them
             for scale in self._scales:
                 scale.zero_()
+                scale.grad = None
 
     def parameters(self) -> list[Parameter]:
         """T scalars s_i; an absent task's gets no gradient."""

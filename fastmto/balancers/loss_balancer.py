@@ -31,16 +31,8 @@ class LossBalancer(Balancer):
         assert self.weights is not None
         losses = batch.losses
         with torch.no_grad():
-            if searches:
-                weights = self._weigh(batch, losses)
-                self._learn(batch, losses, weights)
-                self._keep(batch, weights)
-                self._found = True
-                self.stats["searches"] += 1
-            else:
-                weights = like(self._current(batch), losses)
+            weights = self._weigh(batch, losses) if searches else like(self._current(batch), losses)
             self._observe(batch, losses)
-            total = (weights * losses).sum()
         torch.autograd.backward(
             batch.present,
             [
@@ -49,7 +41,13 @@ class LossBalancer(Balancer):
             ],
         )
         self.stats["backwards"] += 1
-        return total, Info(self.weights, self.names)
+        with torch.no_grad():
+            if searches:
+                self._learn(batch, losses, weights)
+                self._keep(batch, weights)
+                self._found = True
+                self.stats["searches"] += 1
+            return (weights * losses).sum(), Info(self.weights, self.names)
 
     @abstractmethod
     def _weigh(self, batch: Batch, losses: Tensor) -> Tensor:
@@ -66,12 +64,13 @@ class LossBalancer(Balancer):
     def _learn(self, batch: Batch, losses: Tensor, weights: Tensor) -> None:
         """Move the method's own state, or add to the `.grad` of its own parameters.
 
-        Called after `_weigh` with what it returned, in `no_grad`, before the backward.
+        Called after the backward with what `_weigh` returned, in `no_grad`.
         """
         return None
 
     def _observe(self, batch: Batch, losses: Tensor) -> None:
-        """See the losses of every step, searching or not; called in `no_grad`."""
+        """See the losses of every step, searching or not; called in `no_grad`, before the
+        backward."""
         return None
 
     def _keep(self, batch: Batch, weights: Tensor) -> None:

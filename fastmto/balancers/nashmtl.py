@@ -23,7 +23,8 @@ class NashMTL(GramBalancer):
     one that holds the last weights; between two searches the weights stand as they were found.
 
     Args:
-        max_norm, method, preference: as `fastmto.weightings.NashMTL`.
+        max_norm, method, preference, tol, max_steps, ridge, warm_start: as
+            `fastmto.weightings.NashMTL`.
         n_tasks, options: as `GradientBalancer`.
     """
 
@@ -36,9 +37,15 @@ class NashMTL(GramBalancer):
         max_norm: float | None = 1.0,
         method: str = "exact",
         preference: Sequence[float] | None = None,
+        tol: float = 1e-13,
+        max_steps: int = 20,
+        ridge: float = 0.0,
+        warm_start: bool = False,
         **options: Unpack[GradientOptions],
     ) -> None:
-        weighting = weightings.NashMTL(max_norm=max_norm, method=method, preference=preference)
+        weighting = weightings.NashMTL(
+            max_norm, method, preference, tol, max_steps, ridge, warm_start
+        )
         self.max_norm = max_norm
         super().__init__(weighting, n_tasks, **options)
 

@@ -29,7 +29,6 @@ from .. import registry
 from ..balancers.base import Balancer, Info
 from ..balancers.db_mtl import DBMTL
 from ..balancers.dwa import DWA
-from ..balancers.famo import FAMO
 from ..balancers.gradient_balancer import GradientBalancer, GramBalancer
 from ..balancers.gradnorm import GradNorm
 from ..balancers.loss_balancer import LossBalancer
@@ -101,7 +100,7 @@ class BalancerWeighting(AbsWeighting):
     needs no `rep_grad` and does not multiply by the representation's sign; GradNorm's weights are
     no parameters of the model and count from the first epoch; PCGrad and GradDrop draw from
     generators of their own; UW starts from 0 (LibMTL from -0.5: `weighting("UW", init=-0.5)`);
-    FAMO is given the next batch's losses, unless `update_w` is called.
+    FAMO and MARIGOLD's "reuse" are given the next batch's losses, unless `update_w` is called.
 
     Attributes:
         balancer: `fastmto.balancers.Balancer`, with weights, stats and so on.
@@ -161,14 +160,15 @@ class BalancerWeighting(AbsWeighting):
             for _ in range(self._epoch, self.epoch):
                 self.balancer.end_epoch()
             self._epoch = self.epoch
-        if isinstance(self.balancer, FAMO) and self.balancer.stats["steps"]:
-            self.balancer.update(losses.detach())
+        balancer: Any = self.balancer
+        if balancer.needs_update and balancer.stats["steps"]:
+            balancer.update(losses.detach())
         shared = [p for p in self.get_share_params() if p.requires_grad]
         if self.rep_grad:
             self._at_representations(losses, shared)
         else:
             _, self.info = self.balancer.backward(losses, shared, self._heads(shared), shared)
-        if self._max_norm > 0:
+        if self._max_norm > 0 and self.info.skipped is None:
             torch.nn.utils.clip_grad_norm_(shared, self._max_norm)
         assert self.balancer.weights is not None
         return self.balancer.weights.to("cpu", torch.float64).numpy()

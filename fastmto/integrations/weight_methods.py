@@ -268,6 +268,11 @@ class Method:
         if isinstance(scaled, _Scaled):
             scaled.losses = [loss.detach().reshape(()) for loss in given]
         if self.convention.logarithms:
+            for i, loss in enumerate(given):
+                if loss.item() <= 0:
+                    raise ValueError(
+                        f"losses[{i}] must be positive: its logarithm is taken; got {loss.item():g}"
+                    )
             given = [loss.log() for loss in given]
         if self.convention.mean:
             given = [loss / self.n_tasks for loss in given]
@@ -281,7 +286,7 @@ class Method:
             features=representation if at_features else None,
             closure=closure,
         )
-        if self.max_norm > 0 and shared:
+        if self.max_norm > 0 and shared and info.skipped is None:
             torch.nn.utils.clip_grad_norm_(shared, self.max_norm)
         return loss, self._extra(info)
 
