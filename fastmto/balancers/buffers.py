@@ -56,6 +56,8 @@ class Buffers:
         self.task_rows = [rows[:n_tasks] for rows in self.gradients.rows]
         self.joint_rows = [rows[n_tasks] for rows in self.gradients.rows]
         self.device = self.layouts[0].device
+        #: Whether sums over gradients run in float32.
+        self.narrow = any(d != torch.float64 for d in dtypes)
         self._backend = ops.on(self.device)
         self._grams = torch.zeros(
             len(dtypes), n_tasks, n_tasks, dtype=torch.float64, device=self.device

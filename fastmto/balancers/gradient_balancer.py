@@ -26,6 +26,8 @@ from .buffers import Buffers, check_inputs, heads_of, survey
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+#: Relative error of the cosines of float32 gradients; weights are off by kappa times that.
+GRAM_ERROR = 1e-8
 #: Tasks a batched backward takes at once where nobody said otherwise.
 AT_ONCE = 8
 
@@ -348,7 +350,15 @@ class GramBalancer(GradientBalancer):
         if self.on_nonfinite != "ignore" and not bool(gram.diagonal().isfinite().all()):
             bad = int((~gram.diagonal().isfinite()).nonzero()[0])
             raise NonFiniteError(f"the gradient of {self._label(active[bad])} is not finite")
-        return gram, self._solve(gram, active, batch)
+        weights = self._solve(gram, active, batch)
+        kappa = getattr(self._result(), "kappa", 0.0)
+        if buffers.narrow and kappa * GRAM_ERROR > 0.1:
+            raise SolverError(
+                f"no {type(self).__name__} weights: nearer to Pareto stationarity (kappa "
+                f"{kappa:.3g}) than a Gram matrix of {buffers.layouts[0].dtype} gradients tells",
+                "near_stationary",
+            )
+        return gram, weights
 
     def _solve(self, gram: Tensor, active: list[int], batch: Batch) -> Tensor:
         """The weights (n,) of the active tasks from their Gram matrix (n, n), float64."""

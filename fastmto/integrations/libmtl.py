@@ -168,6 +168,7 @@ class BalancerWeighting(AbsWeighting):
             self._at_representations(losses, shared)
         else:
             _, self.info = self.balancer.backward(losses, shared, self._heads(shared), shared)
+        assert self.info is not None
         if self._max_norm > 0 and self.info.skipped is None:
             torch.nn.utils.clip_grad_norm_(shared, self._max_norm)
         assert self.balancer.weights is not None
