@@ -142,6 +142,17 @@ def test_forward_differences_need_recording_where_losses_are_random() -> None:
     assert info.derivatives.abs().max() < 100  # not the noise of masks divided by mu
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_loss_under_autocast_keeps_its_precision(estimator: str) -> None:
+    torch.manual_seed(0)
+    model, balancer = Dropping(dropout=0.0, norm=False), MARIGOLD(estimator=estimator)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [loss.float() for loss in model.losses()]
+        loss, _ = balancer.backward(losses, list(model.trunk.parameters()), closure=model.losses)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(sum(losses).detach()) / 2, rel=1e-6)
+
+
 def test_replaying_for_reuse() -> None:
     torch.manual_seed(0)
     model = Dropping(dropout=0.3)

@@ -354,7 +354,7 @@ class MARIGOLD(Balancer):
         info.next_lambda = self._lambda
         if self._reuse is None:
             self._recorded = None
-        return weights @ losses, info
+        return (weights * losses).sum(), info  # a product that autocast leaves alone
 
     def _check(self, batch: Batch) -> None:
         """Refuse a call that the estimator cannot work with, before anything is written."""
