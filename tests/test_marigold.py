@@ -11,7 +11,9 @@ from marigold_cases import Quadratics, Smooth, parameter
 
 import fastmto
 from fastmto import MARIGOLD, reference_marigold
-from fastmto.zeroth_order import estimators
+from fastmto.errors import SolverError
+from fastmto.solvers import simplex_projection
+from fastmto.zeroth_order.simplex_rules import Projected
 
 CASE = Quadratics()
 START = (1.0, 2.0)
@@ -163,7 +165,7 @@ def min_norm(gram: torch.Tensor) -> float:
     lambda_ = torch.full((len(gram),), 1 / len(gram), dtype=torch.float64)
     bound = float(torch.linalg.eigvalsh(gram)[-1])
     for _ in range(5000):
-        lambda_ = estimators.simplex_projection(lambda_ - gram @ lambda_ / bound)
+        lambda_ = simplex_projection(lambda_ - gram @ lambda_ / bound).weights
     return float(lambda_ @ gram @ lambda_) / 2
 
 
@@ -304,6 +306,29 @@ def test_absent_tasks_keep_still() -> None:
         assert not torch.equal(balancer.lambda_, before)
         assert float(balancer.lambda_.sum()) == pytest.approx(1, abs=1e-12)
         assert balancer.state_dict()["state"]["rule"]["average"][1] == average[1]
+
+
+@pytest.mark.parametrize("step", [1e-2, 0.3, 1e300])
+@pytest.mark.parametrize("total", [1.0, 0.5, 1e-300])
+def test_projected_descent_keeps_the_sum_of_the_present_tasks(total: float, step: float) -> None:
+    """The nearest point of that sum: what is taken off is the same wherever something is left."""
+    before = torch.tensor([0.25 * total, 1 - total, 0.75 * total], dtype=torch.float64)
+    y = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    after = Projected(3, 1.0, step, 0.0).move(before, y, 1.0, [0, 2])
+    assert after[1] == before[1]
+    assert float(after[[0, 2]].sum()) == pytest.approx(total, rel=1e-12)
+    assert bool((after >= 0).all())
+    taken = (before - after)[[0, 2]] - step * y
+    if step < total / 2:  # both stay above 0
+        assert float(taken[0]) == pytest.approx(float(taken[1]), rel=1e-12)
+    else:
+        assert after[[0, 2]].tolist() == pytest.approx([0, total], rel=1e-12)
+
+
+def test_a_step_too_long_for_float64_is_refused() -> None:
+    y = torch.tensor([1e10, 2e10], dtype=torch.float64)
+    with pytest.raises(SolverError, match="lambda_step must leave lambda finite"):
+        Projected(2, 1.0, 1e300, 0.0).move(torch.tensor([0.5, 0.5]).double(), y, 1.0, [0, 1])
 
 
 def test_named_tasks() -> None:

@@ -77,25 +77,6 @@ def span_gram(slopes: Tensor, inner: Tensor) -> Tensor:
     return gram
 
 
-def simplex_projection(vector: Tensor, total: float = 1.0) -> Tensor:
-    """The nearest point with entries >= 0 that sum to `total`.
-
-    Source: Held, Wolfe and Crowder, Validation of subgradient optimization, 1974.
-
-    Args:
-        vector: (T,) float64.
-        total: > 0.
-
-    Returns:
-        (T,) float64.
-    """
-    ordered = vector.sort(descending=True).values
-    counts = torch.arange(1, len(vector) + 1, dtype=vector.dtype)
-    shifts = (ordered.cumsum(0) - total) / counts
-    last = int((ordered > shifts).sum()) - 1
-    return (vector - shifts[last]).clamp_min(0)
-
-
 def relative_steps(difference: str, precision: torch.dtype) -> float:
     """h / ||theta|| for a "forward" or "central" difference, by the forward pass' precision.
 

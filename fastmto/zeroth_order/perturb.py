@@ -298,20 +298,19 @@ def norm(tensors: Sequence[Tensor]) -> float:
     return math.sqrt(sum(float(x.double()) ** 2 for x in torch._foreach_norm(list(tensors))))
 
 
-def difference_along(a: Tensor, b: Tensor, v: Tensor | None) -> float:
-    """<a - b, v>, or <a - b, a - b> without v, without temporaries of the tensors' size.
+def difference_along(a: Tensor, b: Tensor, v: Tensor) -> float:
+    """<a - b, v> without temporaries of the tensors' size.
 
     Args:
         a, b: dense, of the same strides.
         v: of the same shape.
     """
-    x, y = as_vector(a), as_vector(b)
-    z = None if v is None else as_vector(laid_like(v, b))
+    x, y, z = as_vector(a), as_vector(b), as_vector(laid_like(v, b))
     chunk = min(_CHUNK.get(a.device.type, _CHUNK_ELSE), len(x))
     difference = x.new_empty(chunk)
     parts = []
     for start in range(0, len(x), chunk or 1):
         end = min(start + chunk, len(x))
         part = torch.sub(x[start:end], y[start:end], out=difference[: end - start])
-        parts.append(torch.dot(part, part if z is None else z[start:end]))
+        parts.append(torch.dot(part, z[start:end]))
     return float(torch.stack(parts).double().sum()) if parts else 0.0

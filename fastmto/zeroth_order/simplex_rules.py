@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..balancers.per_task import TaskAdam, put, take
-from .estimators import simplex_projection
+from ..errors import SolverError
+from ..solvers import simplex_projection
 
 
 class SimplexRule(ABC):
@@ -140,7 +141,18 @@ class Projected(Descent):
         everyone = len(tasks) == self.n_tasks
         total = 1.0 if everyone else float(own.sum())
         shifted = own - self._displacement(y, squared, tasks)
-        return put(lambda_, tasks, simplex_projection(shifted, total) if total > 0 else own)
+        if total == 0:
+            return put(lambda_, tasks, own)
+        # A common shift does not matter, and what lies `total` below the largest comes out as 0:
+        # so nothing overflows in the division.
+        scaled = (shifted - shifted.max()).clamp_min(-total) / total
+        result = simplex_projection(scaled)
+        if result.weights is None:
+            raise SolverError(
+                f"lambda_step must leave lambda finite, got {shifted.tolist()} to project",
+                result.status,
+            )
+        return put(lambda_, tasks, total * result.weights)
 
 
 class FamoRule(SimplexRule):
