@@ -24,6 +24,7 @@ from samplers import (
     updates,
 )
 
+from fastmto import reference_gradients
 from fastmto.solvers import (
     STATUSES,
     Result,
@@ -186,6 +187,37 @@ def test_cagrad_against_its_dual(tasks: int, oracle: Any) -> None:
         np.testing.assert_allclose(moved.sum(), radius / np.sqrt(w @ g @ w), rtol=1e-5)
 
 
+def test_cagrad_of_lengths_6_decades_apart() -> None:
+    # The search once took a length just above the radius and answered with the mean gradient.
+    rows = np.array([[-1.8e-6, 6e-7, -1.3e-6], [0.7, -0.8, 1.6], [-1.0, 2.3, -1.0]])
+    result = cagrad(rows @ rows.T, 0.4)
+    assert result.ok
+    direction = result.weights @ rows
+    np.testing.assert_allclose(direction, reference_gradients.cagrad(rows, 0.4), rtol=1e-9)
+    assert (rows @ direction).min() == pytest.approx(3.0126836e-07, rel=1e-6)
+
+
+@pytest.mark.parametrize("decades", range(0, 15, 2))
+def test_cagrad_over_lengths_decades_apart(decades: int) -> None:
+    """Optimal, at the radius, and the direction of the paper."""
+    rng = np.random.default_rng(decades)
+    for k in range(600):
+        tasks = int(rng.integers(2, 5))
+        rows = rng.normal(size=(tasks, tasks + 2 * (k % 2)))
+        rows *= 10.0 ** rng.uniform(-decades, 0, size=(tasks, 1))
+        c = float(rng.choice([0.1, 0.4, 1.5]))
+        g = rows @ rows.T
+        result = cagrad(g, c)
+        assert result.ok
+        violation, reached = cagrad_gap(g, result.weights, c)
+        assert violation <= 1e-12
+        assert reached == pytest.approx(1, abs=1e-6), (k, tasks)
+        if k < 5:
+            expected = reference_gradients.cagrad(rows, c)
+            error = np.abs(result.weights @ rows - expected).max()
+            assert error <= 1e-6 * np.abs(expected).max(), (k, tasks)
+
+
 @pytest.mark.parametrize("tasks", [2, 6, 15])
 def test_dual_cone_against_osqp(tasks: int, oracle: Any) -> None:
     pytest.importorskip("osqp", reason="the oracle extra is not installed")
@@ -337,9 +369,6 @@ def test_optimality_on_any_gram(sample: Sample, seed: int) -> None:
     assert (c @ y).min() >= -KKT * y.sum()
 
     radius = float(rng.choice([0.1, 0.4, 1.5]))
-    # Its smallest gain is a number between those of the longest and the shortest gradient, which
-    # 20 decades of lengths take out of float64's reach.
-    g = gram(np.random.default_rng(sample.seed), tasks, sample.kind, min(sample.decades, 3))
     lengths = np.sqrt(np.diag(g))
     result = cagrad(g, radius)
     assert result.ok

@@ -151,20 +151,26 @@ FASTMTO_INLINE double evaluate(Path* p, double m, double most, std::int32_t* ste
 
 // The m of follow() between low, where x = 0, and high, from solutions at one m after the other by
 // Newton within a bracket: slower, and sure. Where the sum of x jumps beyond `most` before the
-// radius is reached it ends there.
+// radius is reached, or C has no solution there, it ends, with *jumps true.
 FASTMTO_INLINE double search(Path* p, double low, double high, double radius2, double most,
-                             std::int32_t* steps) {
+                             std::int32_t* steps, bool* jumps) {
   const ActiveSet& set = p->cone.set;
   double m = high;
   double value = 0.0;
+  *jumps = false;
   for (int k = 0; k < kMaxRoots; ++k) {
     value = evaluate(p, m, most, steps);
     if (value <= radius2) {
       low = m;
     } else {
       high = m;
+      *jumps = !(value < DBL_MAX);
     }
-    if (std::fabs(value - radius2) <= 4.0 * kEps * radius2 || low == high) break;
+    if (std::fabs(value - radius2) <= 4.0 * kEps * radius2) {
+      low = m;
+      break;
+    }
+    if (low == high) break;
     double next = DBL_MAX;
     if (value < DBL_MAX) {
       // The root of the segment that m is on.
@@ -192,6 +198,15 @@ FASTMTO_INLINE double mismatch(const Path& p, const ActiveSet& set, double m, do
     scale += x[j];
   }
   return worst / scale;
+}
+
+// Whether x'C x is the squared radius to the error of C, after mismatch(), which leaves C x in
+// p.slack.
+FASTMTO_INLINE bool reached(const Path& p, int n, double radius2) {
+  const int ld = p.cone.set.ld;
+  const double off = std::fabs(dot(ld, p.cone.x, p.slack) - radius2);
+  const double sum_x = total(ld, p.cone.x);
+  return off <= kAccepted * radius2 + 8.0 * n * p.cone.level * sum_x * sum_x;
 }
 
 FASTMTO_INLINE Status cagrad_body(int n, const double* gram, double c, double* workspace,
@@ -255,15 +270,14 @@ FASTMTO_INLINE Status cagrad_body(int n, const double* gram, double c, double* w
   for (int j = 0; j < ld; ++j) x[j] = 0.0;
   for (int i = 0; i < p.set.size; ++i) x[p.set.index[i]] = p.x[i];
   double residual = mismatch(p, p.set, m, eta_sum);
-  // p.slack is C x. Where lengths are 20 decades apart m loses its digits on the way.
-  const double off = std::fabs(dot(ld, x, p.slack) - radius2);
-  const double sum_x = total(ld, x);
-  const bool there = off <= kAccepted * radius2 + 8.0 * n * kEps * sum_x * sum_x;
-  if (!(residual <= kAccepted) || !(there || m >= ceiling)) {
+  // Where lengths are 20 decades apart m loses its digits on the way.
+  if (!(residual <= kAccepted) || !(m >= ceiling || reached(p, n, radius2))) {
     // One task alone would reach the radius at `highest`, all together not later.
     const double highest = min_of(ceiling, lowest + std::sqrt(radius2) / p.s[start]);
-    m = search(&p, lowest, highest, radius2, most, &info->iterations);
+    bool jumps;
+    m = search(&p, lowest, highest, radius2, most, &info->iterations, &jumps);
     residual = mismatch(p, p.cone.set, m, eta_sum);
+    if (!(m >= ceiling || jumps || reached(p, n, radius2))) return Status::kMaxIterations;
   }
   info->residual = residual;
   for (int j = 0; j < n; ++j) weights[j] = share * (1.0 + x[j] * (longest * t.s[j]));

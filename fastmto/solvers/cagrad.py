@@ -35,10 +35,10 @@ def cagrad(gram: Array | Tensor, c: float = 0.4) -> Result[Any]:
 
     Where g_w = 0 (Pareto stationary) the formula for v is void, and every d with gains >= 0 in the
     ball is a solution: v is that of the one closest to g0. Where g0 = 0, v = 1/T. A zero gradient
-    keeps 1/T. Lengths more than 15 decades apart can end with |d - g0| below c |g0|: float64 then
-    holds no smallest gain in between.
+    keeps 1/T.
 
-    Statuses: solved, not_finite, not_symmetric, not_psd, max_iterations (not seen).
+    Statuses: solved, not_finite, not_symmetric, not_psd, max_iterations (|d - g0| is not c |g0|:
+    seen on float32 products of dependent gradients, which are indefinite).
 
     Args:
         gram: (T, T) array or tensor, as `fastmto.solvers.bargaining`: computed in float64 on the
