@@ -457,11 +457,51 @@ def test_autocast_takes_its_own_steps() -> None:
         ({"update_every": 2, "update_weights_every": 3}, "are the same thing, got 2 and 3"),
         ({"update_every": 0}, "update_weights_every must be an integer >= 1"),
         ({"forward_dtype": torch.int8}, "forward_dtype must be one of"),
+        ({"beta": 1.0, "lambda_step": 0.1}, "beta and lambda_step exclude each other"),
     ],
 )
 def test_bad_arguments(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MARIGOLD(**options)
+
+
+DIRECTIONS, SPAN = {"estimator": "directions"}, {"estimator": "span"}
+REUSE, FAMO = {"estimator": "reuse"}, {"criterion": "famo"}
+STEPS = {**SPAN, "span": "steps"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "used", "unused"),
+    [
+        ("lambda_update", "mirror", [{}, REUSE], [DIRECTIONS, SPAN, FAMO]),
+        ("beta", 1.0, [{}, REUSE], [DIRECTIONS, SPAN, FAMO]),
+        ("lambda_step", 0.1, [{}, REUSE], [DIRECTIONS, SPAN, FAMO]),
+        ("ema", 0.5, [{}, REUSE, DIRECTIONS, SPAN], [FAMO]),
+        ("famo_lr", 0.1, [FAMO], [{}, REUSE, DIRECTIONS]),
+        ("famo_gamma", 0.0, [FAMO], [{}, REUSE, DIRECTIONS]),
+        ("step_size", 0.1, [REUSE], [{}, DIRECTIONS, SPAN, FAMO]),
+        ("relative_step", 0.1, [{}, DIRECTIONS, SPAN], [REUSE, FAMO]),
+        ("mu", 0.1, [{}, DIRECTIONS, SPAN], [REUSE, FAMO]),
+        ("forward_dtype", torch.float32, [{}, DIRECTIONS, SPAN], [REUSE, FAMO]),
+        ("evaluation", "sequential", [{}, DIRECTIONS, SPAN], [REUSE, FAMO]),
+        ("debug", True, [{}, DIRECTIONS, SPAN], [REUSE, FAMO]),
+        ("difference", "forward", [DIRECTIONS, SPAN], [{}, REUSE]),
+        ("on_failure", "hold", [DIRECTIONS, SPAN], [{}, REUSE, FAMO]),
+        ("distribution", "sphere", [DIRECTIONS], [{}, SPAN]),
+        ("seed", 0, [DIRECTIONS], [{}, SPAN, REUSE]),
+        ("n_directions", 4, [DIRECTIONS, STEPS], [{}, SPAN, REUSE]),
+        ("span", "steps", [SPAN], [{}, DIRECTIONS]),
+        ("span_refresh", 10, [SPAN], [{}, DIRECTIONS, STEPS]),
+    ],
+)
+def test_arguments_that_would_do_nothing(
+    name: str, value: object, used: list[dict], unused: list[dict]
+) -> None:
+    for options in used:
+        assert getattr(MARIGOLD(**options, **{name: value}).options, name) == value
+    for options in unused:
+        with pytest.raises(ValueError, match=f"{name} belongs to .*got {name}="):
+            MARIGOLD(**options, **{name: value})
 
 
 def test_calls_that_lack_something() -> None:
@@ -566,7 +606,8 @@ def test_no_memory_beyond_one_copy(estimator: str) -> None:
         return torch.stack([theta[index].square().mean() for index in small])
 
     for distribution in ("gaussian", "sphere"):
-        balancer = MARIGOLD(estimator=estimator, distribution=distribution)
+        options = {"distribution": distribution} if estimator == "directions" else {}
+        balancer = MARIGOLD(estimator=estimator, **options)
         counts = []
         for _ in range(3):
             theta.grad = None

@@ -113,7 +113,8 @@ class MARIGOLD(Balancer):
     that wherever losses are random. "directions" and "span" do not: with difference="forward" they
     evaluate the losses at theta, too, where nothing was recorded.
 
-    Args:
+    Args (None is the default of all that belong to one estimator or criterion; given with another,
+    they are refused):
         n_tasks: T; None: found at the first backward.
         criterion: "mgda"; with "directions" or "span" also "bargaining", "imtl_g", "cagrad",
             "fairgrad", or any callable Gram (n, n) -> weights (n,), such as a
@@ -121,8 +122,9 @@ class MARIGOLD(Balancer):
             "reuse" on log f with FAMO's own step of the logits.
         estimator: see above.
         update_every: steps between two estimates, N >= 1; `update_weights_every` is the same.
-        lambda_update: "mirror" (logits -= beta EMA(y)/L_hat, lambda their softmax) or "projected"
-            (lambda <- Proj(lambda - beta y/L_hat)); for "mgda" with d-based estimators.
+        lambda_update: "mirror" (the default; logits -= beta EMA(y)/L_hat, lambda their softmax) or
+            "projected" (lambda <- Proj(lambda - beta y/L_hat)); for "mgda" with d-based
+            estimators, like `beta` and `lambda_step`.
         beta: None: 2 for mirror, 1 for projected.
         lambda_step: a step in place of beta/L_hat.
         ema: factor of the moving average, of y (None: 0.9 for mirror, 0 for projected), or of the
@@ -135,28 +137,31 @@ class MARIGOLD(Balancer):
             in the graph of the first losses, so that autocast is seen.
         step_size: eta for "reuse", e.g. SGD's learning rate. None: measured, as the length of the
             actual step over ||d||, from a copy of the shared parameters.
-        n_directions: R; None: 4 T.
-        distribution: of the directions: "gaussian", "rademacher" or "sphere" (of radius
-            sqrt(P)).
-        difference: for "directions" and "span": "forward", R evaluations and, unless the losses
-            were computed inside `recording()`, one at theta; or "central", 2 R.
-        seed: of the directions, 0 <= seed < 2^31; they are regenerated from it, never stored.
-        span: what the known vectors are: "gradients", the tasks' gradients at the last refresh
-            (T backwards then; T vectors are kept), or "steps", the last `n_directions` joint
-            gradients (as many vectors are kept; no extra backward).
-        span_refresh: estimates between two refreshes of the gradients.
+        n_directions: R for "directions", None: 4 T; the vectors kept for span="steps", None: T.
+        distribution: of the directions: "gaussian" (the default), "rademacher" or "sphere" (of
+            radius sqrt(P)).
+        difference: for "directions" and "span": "forward" (the default), R evaluations and,
+            unless the losses were computed inside `recording()`, one at theta; or "central", 2 R.
+        seed: of the directions, 0 <= seed < 2^31, None: 0; they are regenerated from it, never
+            stored.
+        span: what the known vectors are: "gradients" (the default), the tasks' gradients at the
+            last refresh (T backwards then; T vectors are kept), or "steps", the last
+            `n_directions` joint gradients (as many vectors are kept; no extra backward).
+        span_refresh: estimates between two refreshes of the gradients; None: 100.
         preference: T numbers > 0, relative. d then is MGDA's for the losses f_i / p_i: at the
             optimum all tasks with weight descend at rates proportional to p_i. With
             "bargaining" the bargaining powers; not for "famo" nor for callables.
         log_losses: balance log(f_i - min_i) in place of f_i.
         min_losses: T numbers min_i below all losses, for `log_losses` and "famo"; None: 0.
-        famo_lr, famo_gamma: learning rate and weight decay of FAMO's logits.
-        evaluation: "sequential", one row of displaced parameters at a time (memory P), or
-            "batched", all rows in one forward by `torch.func.vmap` (memory R P or 2 P), which
-            needs a `fastmto.FunctionalClosure`. One is never silently changed for the other.
+        famo_lr, famo_gamma: learning rate and weight decay of FAMO's logits; None: 0.025, 0.01.
+        evaluation: "sequential" (the default), one row of displaced parameters at a time
+            (memory P), or "batched", all rows in one forward by `torch.func.vmap` (memory R P or
+            2 P), which needs a `fastmto.FunctionalClosure`. One is never silently changed for the
+            other.
         debug: evaluate once more in every estimate, at a known point; a closure that does not
             give the same losses is refused.
-        on_failure: "hold" or "raise", when the criterion finds no weights for an estimated Gram.
+        on_failure: "hold" (the default) or "raise", when the criterion finds no weights for an
+            estimated Gram.
         on_nonfinite: as `Balancer`. A displaced loss or a d that is not finite never
             stops a step: the estimate is dropped and counted, lambda keeps its value.
 
@@ -169,7 +174,8 @@ class MARIGOLD(Balancer):
             points (d = 0, where y = 0 for all tasks and lambda stays).
 
     Raises:
-        ValueError: an argument out of range or one that contradicts another.
+        ValueError: an argument out of range, one that contradicts another, or one that the
+            estimator and the criterion make no use of.
     """
 
     key = "marigold"
@@ -181,7 +187,7 @@ class MARIGOLD(Balancer):
         criterion: str | GramCriterion = "mgda",
         estimator: str | None = None,
         update_every: int | None = None,
-        lambda_update: str = "mirror",
+        lambda_update: str | None = None,
         beta: float | None = None,
         lambda_step: float | None = None,
         ema: float | None = None,
@@ -190,19 +196,19 @@ class MARIGOLD(Balancer):
         forward_dtype: torch.dtype | None = None,
         step_size: float | None = None,
         n_directions: int | None = None,
-        distribution: str = "gaussian",
-        difference: str = "forward",
-        seed: int = 0,
-        span: str = "gradients",
-        span_refresh: int = 100,
+        distribution: str | None = None,
+        difference: str | None = None,
+        seed: int | None = None,
+        span: str | None = None,
+        span_refresh: int | None = None,
         preference: Sequence[float] | None = None,
         log_losses: bool = False,
         min_losses: Sequence[float] | None = None,
-        famo_lr: float = 0.025,
-        famo_gamma: float = 0.01,
-        evaluation: str = "sequential",
+        famo_lr: float | None = None,
+        famo_gamma: float | None = None,
+        evaluation: str | None = None,
         debug: bool = False,
-        on_failure: str = "hold",
+        on_failure: str | None = None,
         update_weights_every: int | None = None,
         on_nonfinite: str | None = None,
     ) -> None:
@@ -214,8 +220,8 @@ class MARIGOLD(Balancer):
                 f"{update_every!r} and {update_weights_every!r}"
             )
         every = update_weights_every if update_every is None else update_every
-        self.options = Options(
-            criterion=criterion,
+        self.options = Options.given(
+            criterion,
             estimator=estimator,
             lambda_update=lambda_update,
             beta=beta,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,30 +29,85 @@ class Options:
         ValueError: a value out of range, or two that contradict each other.
     """
 
-    criterion: str | GramCriterion
-    estimator: str | None
-    lambda_update: str
-    beta: float | None
-    lambda_step: float | None
-    ema: float | None
-    relative_step: float | None
-    mu: float | None
-    forward_dtype: torch.dtype | None
-    step_size: float | None
-    n_directions: int | None
-    distribution: str
-    difference: str
-    seed: int
-    span: str
-    span_refresh: int
-    preference: Sequence[float] | None
-    log_losses: bool
-    min_losses: Sequence[float] | None
-    famo_lr: float
-    famo_gamma: float
-    evaluation: str
-    debug: bool
-    on_failure: str
+    criterion: str | GramCriterion = "mgda"
+    estimator: str | None = None
+    lambda_update: str = "mirror"
+    beta: float | None = None
+    lambda_step: float | None = None
+    ema: float | None = None
+    relative_step: float | None = None
+    mu: float | None = None
+    forward_dtype: torch.dtype | None = None
+    step_size: float | None = None
+    n_directions: int | None = None
+    distribution: str = "gaussian"
+    difference: str = "forward"
+    seed: int = 0
+    span: str = "gradients"
+    span_refresh: int = 100
+    preference: Sequence[float] | None = None
+    log_losses: bool = False
+    min_losses: Sequence[float] | None = None
+    famo_lr: float = 0.025
+    famo_gamma: float = 0.01
+    evaluation: str = "sequential"
+    debug: bool = False
+    on_failure: str = "hold"
+
+    @classmethod
+    def given(cls, criterion: str | GramCriterion, **arguments: Any) -> Options:
+        """From the arguments as they were given; None stands for the default.
+
+        Raises:
+            ValueError: an argument that the other settings make no use of, too.
+        """
+        present = {name: value for name, value in arguments.items() if value is not None}
+        options = cls(criterion, **present)
+        for used, names, owner in options._owners():
+            for name in names:
+                if not used and name in present and present[name] is not False:
+                    raise ValueError(
+                        f"{name} belongs to {owner}, got {name}={present[name]!r} with "
+                        f"criterion={criterion!r}, estimator={options.estimator!r}"
+                    )
+        return options
+
+    def _owners(self) -> list[tuple[bool, tuple[str, ...], str]]:
+        """(whether these settings use the arguments, the arguments, what they belong to)."""
+        name = self.estimator
+        along = "estimator='forward', 'central' or 'reuse' with criterion='mgda'"
+        return [
+            (
+                not (self.by_gram or self.famo),
+                ("lambda_update", "beta", "lambda_step"),
+                along,
+            ),
+            (not self.famo, ("ema",), "every criterion but 'famo'"),
+            (self.famo, ("famo_lr", "famo_gamma"), "criterion='famo'"),
+            (
+                name == "reuse" and not self.famo,
+                ("step_size",),
+                "estimator='reuse' with criterion='mgda'",
+            ),
+            (
+                name != "reuse",
+                ("relative_step", "mu", "forward_dtype", "evaluation", "debug"),
+                "the estimators that evaluate a closure (all but 'reuse')",
+            ),
+            (self.by_gram, ("difference", "on_failure"), "estimator='directions' or 'span'"),
+            (name == "directions", ("distribution", "seed"), "estimator='directions'"),
+            (
+                name == "directions" or (name == "span" and self.span == "steps"),
+                ("n_directions",),
+                "estimator='directions', or 'span' with span='steps'",
+            ),
+            (name == "span", ("span",), "estimator='span'"),
+            (
+                name == "span" and self.span == "gradients",
+                ("span_refresh",),
+                "estimator='span' with span='gradients'",
+            ),
+        ]
 
     def __post_init__(self) -> None:
         if isinstance(self.criterion, str):
@@ -90,6 +146,10 @@ class Options:
         if self.mu is not None and self.relative_step is not None:
             raise ValueError(
                 f"mu and relative_step exclude each other, got {self.mu} and {self.relative_step}"
+            )
+        if self.beta is not None and self.lambda_step is not None:
+            raise ValueError(
+                f"beta and lambda_step exclude each other, got {self.beta} and {self.lambda_step}"
             )
         if self.preference is not None and (self.famo or not isinstance(self.criterion, str)):
             raise ValueError(
