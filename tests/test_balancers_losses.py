@@ -34,8 +34,8 @@ from fastmto.balancers import (
 )
 from fastmto.balancers.banditmtl import _exponent as exponent
 from fastmto.balancers.gradnorm import LEAST_WEIGHT
-from fastmto.balancers.per_task import TaskAdam
 from fastmto.errors import NonFiniteError
+from fastmto.per_task import TaskAdam
 
 T = 3
 STEPS = 24

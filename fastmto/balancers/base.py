@@ -12,7 +12,6 @@ values, one backward) and `GradientBalancer` (gradient_balancer.py: from per-tas
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..checks import check_choice
 from ..errors import NonFiniteError, warn
+from ..per_task import take
 from ..task_gradients import Losses, as_list, first_nonfinite
-from .per_task import take
 
 #: What `Balancer.stats` counts.
 STATS = ("steps", "searches", "backwards", "held", "skipped", "absent", "untouched")
@@ -380,20 +380,3 @@ def as_tensors(name: str, tensors: Tensor | Iterable[Tensor] | None) -> list[Ten
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}[{k}] must be a tensor, got {type(tensor).__name__}")
     return listed
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse a value that is not one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def check_number(
-    name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False
-) -> float:
-    """`value` as a float, refused outside [low, high] ((low, high] with `open_low`)."""
-    inside = isinstance(value, int | float) and math.isfinite(value)
-    if not inside or not low <= value <= high or (open_low and value == low):
-        interval = f"{'(' if open_low else '['}{low:g}, {high:g}]"
-        raise ValueError(f"{name} must be a finite number in {interval}, got {value!r}")
-    return float(value)

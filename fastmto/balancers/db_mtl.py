@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import check_number
 from ..errors import NonFiniteError
-from .base import Batch, check_number
+from .base import Batch
 from .buffers import Buffers
 from .gradient_balancer import GradientBalancer, GradientOptions
 

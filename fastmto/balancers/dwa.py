@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Batch, check_number
+from ..checks import check_number
+from ..per_task import like, put, take
+from .base import Batch
 from .loss_balancer import LossBalancer
-from .per_task import like, put, take
 
 
 class DWA(LossBalancer):

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_number
 from ..errors import NonFiniteError, warn
+from ..per_task import TaskAdam, like, put, take
 from ..task_gradients import Losses, as_list, first_nonfinite
-from .base import Batch, check_number
+from .base import Batch
 from .loss_balancer import LossBalancer
-from .per_task import TaskAdam, like, put, take
 
 
 class FAMO(LossBalancer):

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
+from ..checks import check_choice
 from ..errors import NonFiniteError, SolverError, warn
 from ..weightings import Weighting
-from .base import Balancer, Batch, Info, check_choice
+from .base import Balancer, Batch, Info
 from .buffers import Buffers, check_inputs, heads_of, survey
 
 if TYPE_CHECKING:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_number
+from ..per_task import TaskAdam, like, put, take
 from ..task_gradients import _root
-from .base import Batch, check_number
+from .base import Batch
 from .loss_balancer import LossBalancer
-from .per_task import TaskAdam, like, put, take
 
 #: Weights are kept above this: at 0 a task would be lost, below it unlearned.
 LEAST_WEIGHT = 1e-3

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Batch, check_number
+from ..checks import check_number
+from .base import Batch
 from .loss_balancer import LearningBalancer
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .base import Batch, check_choice, check_number
+from ..checks import check_choice, check_number
+from ..per_task import like, put, take
+from .base import Batch
 from .loss_balancer import LearningBalancer
-from .per_task import like, put, take
 
 
 class LDCMTL(LearningBalancer):

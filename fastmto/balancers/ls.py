@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..per_task import like, take
 from .base import Batch
 from .loss_balancer import LossBalancer
-from .per_task import like, take
 
 
 class LS(LossBalancer):

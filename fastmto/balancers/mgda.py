@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import weightings
-from .base import Batch, check_choice
+from ..checks import check_choice
+from .base import Batch
 from .gradient_balancer import GradientOptions, GramBalancer
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..per_task import take
 from .base import Batch
 from .loss_balancer import LossBalancer
-from .per_task import take
 
 
 class RLW(LossBalancer):

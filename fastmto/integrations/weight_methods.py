@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import registry
-from ..balancers.base import Info, check_choice, check_number
+from ..balancers.base import Info
 from ..balancers.gradient_balancer import GradientBalancer, GramBalancer
+from ..checks import check_choice, check_number
 from ..task_gradients import Losses
 from ..weightings import Weighting
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..balancers.base import check_choice, check_number
+from ..checks import check_choice, check_number
 from .estimators import relative_steps
 
 ESTIMATORS = ("forward", "central", "reuse", "directions", "span")

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..balancers.per_task import TaskAdam, put, take
 from ..errors import SolverError
+from ..per_task import TaskAdam, put, take
 from ..solvers import simplex_projection
 
 

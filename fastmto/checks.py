@@ -1,0 +1,23 @@
+"""Checks of arguments, with messages that name the argument."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse a value that is not one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_number(
+    name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False
+) -> float:
+    """`value` as a float, refused outside [low, high] ((low, high] with `open_low`)."""
+    inside = isinstance(value, int | float) and math.isfinite(value)
+    if not inside or not low <= value <= high or (open_low and value == low):
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be a finite number in {interval}, got {value!r}")
+    return float(value)
