@@ -251,15 +251,15 @@ def nash(grads: Array, max_norm: float | None = None) -> Array:
     return direction if max_norm is None else direction * min(1.0, max_norm / length)
 
 
-def aligned_mtl(grads: Array, scale: str = "min") -> Array:
+def aligned_mtl(grads: Array, scale: str = "min", eps: float = 2.0**-52) -> Array:
     """The mean of the aligned gradients, the columns of sigma U V' for [g_1 ... g_T] = U S V'.
 
     Senushkin et al., arXiv 2305.19000, Algorithm 1; singular values with
     s^2 <= max(s^2) T eps count as 0. sigma is the least of the others ("min"), the lower middle
-    one ("median"), or their root mean square ("rmse").
+    one ("median"), or their root mean square ("rmse"). eps: that of the gradients' dtype.
     """
     u, s, vt = np.linalg.svd(grads.T, full_matrices=False)
-    rank = int((s**2 > s.max() ** 2 * len(grads) * np.finfo(np.float64).eps).sum())
+    rank = int((s**2 > s.max() ** 2 * len(grads) * eps).sum())
     s = s[:rank]
     sigma = {"min": s.min(), "median": s[rank // 2], "rmse": np.sqrt((s**2).mean())}[scale]
     mean: Array = sigma * (u[:, :rank] @ vt[:rank]).mean(axis=1)

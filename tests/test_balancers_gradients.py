@@ -865,6 +865,20 @@ def test_the_joint_gradient_is_the_papers(name):
         np.testing.assert_allclose(flat_grads(model), expected, rtol=1e-7, atol=1e-9)
 
 
+def test_aligned_mtl_of_proportional_float32_gradients():
+    """Their rounding is no principal component: the rule with the rows' eps decides."""
+    size = 20_000
+    for seed in range(20):
+        rows = torch.randn(3, size, generator=torch.Generator().manual_seed(seed))
+        rows[2] = rows[0] * (0.3 + 0.01 * seed)
+        x = nn.Parameter(torch.zeros(size))
+        balancer = fastmto.get("aligned_mtl")
+        balancer.backward([(x * row).sum() for row in rows], [x])
+        expected = reference.aligned_mtl(rows.double().numpy(), eps=float(np.finfo(np.float32).eps))
+        error = np.linalg.norm(x.grad.numpy() - expected) / np.linalg.norm(expected)
+        assert error < 1e-3, (seed, error)
+
+
 def test_pcgrad_is_the_papers_in_some_order():
     model, x = model_of(), data()
     call(fastmto.get("pcgrad", seed=3), model, x)

@@ -251,6 +251,34 @@ def test_linear_algebra_against_numpy(tasks: int, oracle: Any) -> None:
                 np.testing.assert_allclose(w, oracle.imtl_g(g), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "gap"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 5e-2)]
+)
+def test_aligned_mtl_takes_rounding_for_no_component(dtype: torch.dtype, gap: float) -> None:
+    """Eigenvalues 2, 1 and one at a ratio of `gap`, above and below the cut of the dtype."""
+    eps = torch.finfo(dtype).eps
+    assert 3 * eps < gap
+    g = torch.diag(torch.tensor([2.0, 1.0, 2 * gap], dtype=torch.float64)).to(dtype)
+    near = torch.diag(torch.tensor([2.0, 1.0, 4 * eps], dtype=torch.float64)).to(dtype)
+    assert aligned_mtl(g).kappa == pytest.approx(1 / gap, rel=1e-2)
+    assert aligned_mtl(near).kappa == pytest.approx(2)
+    assert aligned_mtl(near).weights[2] == 0
+    wide_near = near.double()
+    if dtype != torch.float64:
+        assert aligned_mtl(wide_near).kappa == pytest.approx(0.5 / eps)
+    given = aligned_mtl(wide_near, "min", eps)
+    np.testing.assert_array_equal(given.weights, aligned_mtl(wide_near, eps=eps).weights)
+    np.testing.assert_allclose(given.weights, aligned_mtl(near).weights, rtol=1e-6)
+    array = aligned_mtl(wide_near.numpy(), eps=eps)
+    np.testing.assert_array_equal(array.weights, given.weights)
+    if dtype == torch.float32:
+        assert aligned_mtl(near.numpy()).kappa == pytest.approx(2)
+    # The largest eigenvalue stays, and less than float64's rounding is not believed.
+    assert aligned_mtl(wide_near, eps=0.9).weights[0] == pytest.approx(1 / 3)
+    double = torch.diag(torch.tensor([2.0, 1.0, 4 * EPS], dtype=torch.float64))
+    assert aligned_mtl(double, eps=0.0).kappa == pytest.approx(2)
+
+
 @pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0, 2.0, 10.0])
 @pytest.mark.filterwarnings("ignore:Solution may be inaccurate:UserWarning")
 def test_fairgrad_against_newton_in_logarithms(alpha: float, oracle: Any) -> None:
@@ -718,6 +746,9 @@ def test_bad_arguments_are_refused() -> None:
             fairgrad(g, alpha)
     with pytest.raises(ValueError, match="scale must be 'min', 'median' or 'rmse', got 'max'"):
         aligned_mtl(g, "max")
+    for eps in (-1e-9, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="eps must lie in"):
+            aligned_mtl(g, "min", eps)
     with pytest.raises(ValueError, match=r"reference must have the shape \(3,\)"):
         dual_cone(g, [1.0, 2.0])
     with pytest.raises(ValueError, match="preference must be finite"):

@@ -178,8 +178,8 @@ FASTMTO_INLINE double squared_scale(int n, double cut, Scale scale, const double
   return scale == Scale::kMedian ? kept[(rank - 1) / 2] : sum / rank;
 }
 
-FASTMTO_INLINE Status aligned_mtl_body(int n, const double* gram, Scale scale, double* workspace,
-                                       double* weights, Info* info) {
+FASTMTO_INLINE Status aligned_mtl_body(int n, const double* gram, Scale scale, double eps,
+                                       double* workspace, double* weights, Info* info) {
   *info = Info{0, 0.0, 0.0};
   const int ld = padded(n);
   const int capacity = 2 * n * ld;
@@ -248,7 +248,7 @@ FASTMTO_INLINE Status aligned_mtl_body(int n, const double* gram, Scale scale, d
     smallest_value = min_of(smallest_value, f.d[i]);
   }
   if (smallest_value < -kIndefinite * largest_value) return Status::kNotPsd;
-  const double cut = largest_value * n * kEps;
+  const double cut = largest_value * min_of(n * max_of(eps, kEps), 1.0 - kEps);
   const double square = squared_scale(n, cut, scale, f.d, f.p);
   info->kappa = largest_value / f.p[0];
   for (int i = 0; i < n; ++i)
@@ -260,15 +260,15 @@ FASTMTO_INLINE Status aligned_mtl_body(int n, const double* gram, Scale scale, d
 }
 
 FASTMTO_DISPATCH(aligned_mtl_body,
-                 (int n, const double* gram, Scale scale, double* workspace, double* weights,
-                  Info* info),
-                 (n, gram, scale, workspace, weights, info))
+                 (int n, const double* gram, Scale scale, double eps, double* workspace,
+                  double* weights, Info* info),
+                 (n, gram, scale, eps, workspace, weights, info))
 
 }  // namespace
 
-Status aligned_mtl(int tasks, const double* gram, Scale scale, double* workspace, double* weights,
-                   Info* info) {
-  return aligned_mtl_body_chosen(tasks, gram, scale, workspace, weights, info);
+Status aligned_mtl(int tasks, const double* gram, Scale scale, double eps, double* workspace,
+                   double* weights, Info* info) {
+  return aligned_mtl_body_chosen(tasks, gram, scale, eps, workspace, weights, info);
 }
 
 }  // namespace fastmto::solvers

@@ -10,6 +10,7 @@
 #include <pybind11/pybind11.h>
 #include <structmember.h>
 
+#include <cfloat>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -453,9 +454,9 @@ PyObject* upgrad(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return projection<solvers::upgrad>("upgrad", "preference", args, count);
 }
 
-// aligned_mtl(gram, scale)
+// aligned_mtl(gram, scale, eps); eps None: that of the numbers in gram.
 PyObject* aligned_mtl(PyObject*, PyObject* const* args, Py_ssize_t count) try {
-  if (!takes(count, 2, "aligned_mtl")) return nullptr;
+  if (!takes(count, 3, "aligned_mtl")) return nullptr;
   Input gram;
   if (!read(args[0], "gram", 2, &gram)) return unready();
   solvers::Scale scale = solvers::Scale::kMin;
@@ -472,9 +473,11 @@ PyObject* aligned_mtl(PyObject*, PyObject* const* args, Py_ssize_t count) try {
     PyErr_Format(PyExc_ValueError, "scale must be 'min', 'median' or 'rmse', got %R", args[1]);
     return nullptr;
   }
+  double eps = gram.bits == 32 ? double{FLT_EPSILON} : DBL_EPSILON;
+  if (args[2] != Py_None && !number(args[2], "eps", 0.0, 1.0, &eps)) return nullptr;
   return run<solvers::aligned_mtl_workspace>(
       gram, [&](double* workspace, double* weights, solvers::Info* info) {
-        return solvers::aligned_mtl(gram.tasks, gram.data, scale, workspace, weights, info);
+        return solvers::aligned_mtl(gram.tasks, gram.data, scale, eps, workspace, weights, info);
       });
 } catch (py::error_already_set& error) {
   error.restore();
@@ -570,7 +573,7 @@ PyMethodDef functions[] = {
     method<cagrad>("cagrad", "cagrad(gram, c)\n--\n\n"),
     method<dual_cone>("dual_cone", "dual_cone(gram, reference)\n--\n\n"),
     method<upgrad>("upgrad", "upgrad(gram, preference)\n--\n\n"),
-    method<aligned_mtl>("aligned_mtl", "aligned_mtl(gram, scale)\n--\n\n"),
+    method<aligned_mtl>("aligned_mtl", "aligned_mtl(gram, scale, eps)\n--\n\n"),
     method<fairgrad>("fairgrad", "fairgrad(gram, alpha)\n--\n\n"),
     method<pcgrad>("pcgrad", "pcgrad(gram, orders)\n--\n\n"),
     {"simplex_projection", simplex_projection, METH_O, "simplex_projection(vector)\n--\n\n"},

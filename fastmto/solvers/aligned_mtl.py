@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from .. import _solvers
 from .._solvers import Result
 from .convert import converted
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from .convert import Array
 
@@ -19,10 +21,12 @@ _aligned_mtl = _solvers.aligned_mtl
 
 
 @overload
-def aligned_mtl(gram: Array, scale: str = ...) -> Result[NDArray[np.float64]]: ...
+def aligned_mtl(
+    gram: Array, scale: str = ..., eps: float | None = ...
+) -> Result[NDArray[np.float64]]: ...
 @overload
-def aligned_mtl(gram: Tensor, scale: str = ...) -> Result[Tensor]: ...
-def aligned_mtl(gram: Array | Tensor, scale: str = "min") -> Result[Any]:
+def aligned_mtl(gram: Tensor, scale: str = ..., eps: float | None = ...) -> Result[Tensor]: ...
+def aligned_mtl(gram: Array | Tensor, scale: str = "min", eps: float | None = None) -> Result[Any]:
     """Weights w of Aligned-MTL:
 
         w = sigma V diag(lambda)^-1/2 V' p,   G = V diag(lambda) V',   p = 1/T
@@ -38,16 +42,32 @@ def aligned_mtl(gram: Array | Tensor, scale: str = "min") -> Result[Any]:
         scale: sigma is the root of the smallest of these eigenvalues ("min", the paper), of their
             median, the lower one of two ("median"), or of their mean ("rmse"); the last two are
             the authors' code.
+        eps: relative rounding of the Gram's entries, in [0, 1): what tells a principal component
+            from noise, which would be brought to sigma as well. None: that of the Gram's dtype.
+            Give the gradients' eps where a float64 Gram was taken from narrower gradients:
+            `torch.finfo(torch.float32).eps`. float64's is the least that counts, and the largest
+            eigenvalue stays in any case.
 
     Returns:
         `Result` with `weights` (T,) as `fastmto.solvers.bargaining` returns them, None unless
         solved; `status`; `iterations`, sweeps of the
         eigenvalue solver; `residual` 0; `kappa`, largest over smallest of these eigenvalues: the
-        weights are right to about eps times that.
+        weights are right to about the Gram's rounding times that.
 
     Raises:
         TypeError: gram is neither an array nor a tensor.
-        ValueError: its shape or dtype, or another scale.
+        ValueError: its shape or dtype, another scale, or eps out of range.
     """
-    result = _aligned_mtl(gram, scale)
-    return converted(_aligned_mtl, gram, scale) if result is None else result
+    result = _aligned_mtl(gram, scale, eps)
+    if result is not None:
+        return result
+    return converted(_aligned_mtl, gram, scale, _rounding(gram) if eps is None else eps)
+
+
+def _rounding(gram: Any) -> float | None:
+    """eps of the dtype; None where it has none, which `converted` refuses."""
+    if isinstance(gram, Tensor) and gram.is_floating_point():
+        return torch.finfo(gram.dtype).eps
+    if isinstance(gram, np.ndarray) and np.issubdtype(gram.dtype, np.floating):
+        return float(np.finfo(gram.dtype).eps)
+    return None

@@ -28,23 +28,28 @@ class AlignedMTL(SolverWeighting):
     Scaling: g -> c g leaves the weights as they are. The lengths of single gradients count.
 
     Conventions: the published code sums the aligned gradients, p = 1 (T times these weights);
-    the paper has task weights p that sum to 1, and TorchJD too has 1/T. It finds the rank with the
-    eps of the input's dtype, here it is that of float64.
+    the paper has task weights p that sum to 1, and TorchJD too has 1/T.
 
     Args:
         scale: "min", "median" or "rmse".
+        eps: relative rounding of what the Gram matrix was taken from, in [0, 1); None for that of
+            its dtype, as the published code has it. A float64 Gram of float32 gradients, as
+            `fastmto.PUB` passes it, wants `eps=torch.finfo(torch.float32).eps`: of dependent
+            gradients, rounding leaves an eigenvalue above 0, and sigma would be the root of that.
 
     Raises:
-        ValueError: another scale.
+        ValueError: another scale, or eps out of range.
     """
 
-    def __init__(self, scale: str = "min") -> None:
+    def __init__(self, scale: str = "min", eps: float | None = None) -> None:
         # A solve of one task has no numbers that could fail: what it refuses is an argument.
-        aligned_mtl(torch.ones(1, 1, dtype=torch.float64), scale)
+        aligned_mtl(torch.ones(1, 1, dtype=torch.float64), scale, eps)
         self.scale = scale
+        self.eps = eps
 
     def _solve(self, gram: Tensor, tasks: Sequence[int] | None) -> Result[Tensor]:
-        return aligned_mtl(gram, self.scale)
+        return aligned_mtl(gram, self.scale, self.eps)
 
     def __repr__(self) -> str:
-        return f"AlignedMTL(scale={self.scale!r})"
+        eps = "" if self.eps is None else f", eps={self.eps:.3g}"
+        return f"AlignedMTL(scale={self.scale!r}{eps})"

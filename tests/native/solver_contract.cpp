@@ -145,7 +145,7 @@ int main() {
         return imtl_g(tasks, gram.data(), w, a, info);
       });
       check(tasks, aligned_mtl_workspace(tasks), kAny, [&](double* w, double* a, Info* info) {
-        return aligned_mtl(tasks, gram.data(), Scale::kMedian, w, a, info);
+        return aligned_mtl(tasks, gram.data(), Scale::kMedian, 0.0, w, a, info);
       });
       for (double alpha : {0.5, 3.0}) {
         check(tasks, fairgrad_workspace(tasks), kTiny, [&](double* w, double* a, Info* info) {
