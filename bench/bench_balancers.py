@@ -135,11 +135,13 @@ def test_gradient_level_over_bare_backwards(benchmark, name: str) -> None:
     assert contestant.balancer.stats["held"] == contestant.balancer.stats["skipped"] == 0
 
 
+@pytest.mark.filterwarnings("ignore")  # cvxpy's, about inaccurate solutions
 @pytest.mark.skipif(importlib.util.find_spec("torchjd") is None, reason="torchjd is not installed")
 def test_torchjd_nashmtl_over_bare_backwards(benchmark) -> None:
     model, losses = problem(4096)
     contestant = TorchJD(copy.deepcopy(model), losses)
     record(benchmark, Bare(copy.deepcopy(model), losses), contestant, pairs=15)
+    assert all(p.grad is not None for p in contestant.shared)
 
 
 @pytest.mark.parametrize("numel", [1_000_000, 10_000_000])
