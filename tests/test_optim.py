@@ -907,3 +907,50 @@ def test_a_step_allocates_nothing_of_the_size_of_the_parameters(kwargs: dict) ->
     with torch.profiler.profile(profile_memory=True) as profile:
         optimizer.step()
     assert sum(max(e.self_cpu_memory_usage, 0) for e in profile.events()) < numel / 16
+
+
+@pytest.mark.parametrize(
+    "weighting",
+    [
+        fastmto.weightings.MGDA(),
+        fastmto.weightings.CAGrad(),
+        fastmto.weightings.IMTLG(),
+        fastmto.weightings.UPGrad(),
+        fastmto.weightings.DualProj(),
+        fastmto.weightings.NashMTL(),
+        fastmto.weightings.FairGrad(alpha=2.0),
+        fastmto.weightings.AlignedMTL(),
+        fastmto.weightings.PCGrad(seed=1),
+    ],
+    ids=lambda weighting: type(weighting).__name__,
+)
+def test_every_weighting_balances_updates(weighting) -> None:
+    """The joint update is sum_i w_i u_i with the weighting's w of the updates' Gram matrix."""
+    model = net(0, n_tasks=3).double()
+    trunk = list(model.trunk.parameters())
+    optimizer = fastmto.PUB(
+        trunk, model.head_parameters(), lr=1e-2, weighting=weighting, update_weights_every=1,
+        scale="none", max_weight=None,
+    )  # fmt: skip
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)).double()
+    losses = model.losses(x)
+    # Adam's first update of g is g / (|g| + eps).
+    rows = torch.stack(
+        [
+            torch.cat([
+                (g / (g.abs() + 1e-8)).flatten()
+                for g in torch.autograd.grad(loss, trunk, retain_graph=True)
+            ])
+            for loss in losses
+        ]
+    )  # fmt: skip
+    before = torch.cat([p.detach().flatten() for p in trunk])
+    weighting.reset()
+    expected = weighting(rows @ rows.T)
+    weighting.reset()
+    optimizer.backward(losses)
+    optimizer.step()
+    assert optimizer.stats["held"] == 0
+    moved = torch.cat([p.detach().flatten() for p in trunk]) - before
+    torch.testing.assert_close(optimizer.weights, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(moved, -1e-2 * expected @ rows, rtol=1e-6, atol=1e-9)
