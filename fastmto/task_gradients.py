@@ -314,7 +314,7 @@ class TaskGradients:
         """
         inputs = [*self._shared, *(p for h in heads for p in self._heads[h])]
         grads = torch.autograd.grad(
-            losses if batched else [_root(loss) for loss in losses],  # type: ignore[arg-type]
+            losses if batched else [graph_root(loss) for loss in losses],  # type: ignore[arg-type]
             inputs,
             [
                 a if isinstance(a, Tensor) else torch.full_like(loss, a)
@@ -400,7 +400,7 @@ class TaskGradients:
                     self._take_head(h, own)
 
 
-def _root(loss: Tensor) -> Tensor | GradientEdge:
+def graph_root(loss: Tensor) -> Tensor | GradientEdge:
     """Where the backward of `loss` starts: for an entry of `torch.stack(losses)`, at the scalar
     that was stacked. The stack itself would send zeros down every other task's graph."""
     unbind = loss.grad_fn
@@ -428,7 +428,7 @@ def _edge(tensor: Tensor | GradientEdge) -> _Edge:
 
 def _walk(losses: Sequence[Tensor], stop: Set[_Edge]) -> Iterator[_Edge]:
     """The edges of the graph behind the losses; it is not followed through `stop`."""
-    waiting = [_edge(_root(loss)) for loss in losses]
+    waiting = [_edge(graph_root(loss)) for loss in losses]
     seen = {node for node, _ in waiting}
     yield from waiting
     while waiting:

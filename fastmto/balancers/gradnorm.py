@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import check_number
 from ..per_task import TaskAdam, like, put, take
-from ..task_gradients import _root
+from ..task_gradients import graph_root
 from .base import Batch
 from .loss_balancer import LossBalancer
 
@@ -133,7 +133,7 @@ class GradNorm(LossBalancer):
         lengths = []
         for value in batch.present:
             grads = torch.autograd.grad(
-                _root(value),
+                graph_root(value),
                 batch.last_shared,
                 torch.ones_like(value),
                 retain_graph=True,
