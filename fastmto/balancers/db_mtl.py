@@ -119,9 +119,7 @@ class DBMTL(GradientBalancer):
         return {**super()._state(), "smoothed": smoothed, "count": self._count}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        if "smoothed" not in state or "count" not in state:
-            raise ValueError(f"state must hold 'smoothed' and 'count', got {sorted(state)}")
-        super()._load({k: v for k, v in state.items() if k not in ("smoothed", "count")})
+        super()._load(state)
         saved = state["smoothed"]
         self._smoothed = None if saved is None else [x.clone() for x in saved]
         self._count = int(state["count"])

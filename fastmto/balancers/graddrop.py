@@ -108,9 +108,7 @@ class GradDrop(GradientBalancer):
         return {**super()._state(), "generator": state}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        if "generator" not in state:
-            raise ValueError(f"state must hold 'generator', got {sorted(state)}")
-        super()._load({k: v for k, v in state.items() if k != "generator"})
+        super()._load(state)
         saved = state["generator"]
         self._generator = None
         self._generator_state = None if saved is None else saved.to("cpu", copy=True)

@@ -218,7 +218,7 @@ class GradientBalancer(Balancer):
         """The Gram matrix, if the method has one, and the weights (n,) of the active tasks.
 
         Args:
-            flat: the rows.
+            buffers: the rows.
             active: the n tasks that are present and touch what is shared.
             batch: the call.
 
@@ -310,8 +310,6 @@ class GradientBalancer(Balancer):
         return {"heads": self._heads_for_state(), "searched": sorted(self._searched)}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        if set(state) != {"heads", "searched"}:
-            raise ValueError(f"state must hold 'heads' and 'searched', got {sorted(state)}")
         self._buffers = None
         self._known_heads = copy.deepcopy(state["heads"])
         self._searched = set(state["searched"])
@@ -374,10 +372,8 @@ class GramBalancer(GradientBalancer):
         return {**super()._state(), "weighting": self.weighting.state_dict()}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        if "weighting" not in state:
-            raise ValueError(f"state must hold 'weighting', got {sorted(state)}")
         self.weighting.load_state_dict(state["weighting"])
-        super()._load({k: v for k, v in state.items() if k != "weighting"})
+        super()._load(state)
 
     def _options(self) -> dict[str, Any]:
         return {"weighting": self.weighting, **super()._options()}

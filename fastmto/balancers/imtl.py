@@ -90,9 +90,9 @@ class IMTL(GramBalancer):
         return {**super()._state(), "scales": [float(s.detach()) for s in self._scales]}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        if len(state.get("scales", ())) != len(self._scales):
+        if len(state["scales"]) != len(self._scales):
             raise ValueError(f"state must hold 'scales' of {len(self._scales)} tasks")
-        super()._load({k: v for k, v in state.items() if k != "scales"})
+        super()._load(state)
         with torch.no_grad():
             for scale, value in zip(self._scales, state["scales"], strict=True):
                 scale.fill_(value)

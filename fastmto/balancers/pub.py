@@ -114,8 +114,6 @@ class PUB(Balancer):
         return {"optimizer": self._saved if self.optimizer is None else self.optimizer.state_dict()}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        if "optimizer" not in state:
-            raise ValueError(f"state must hold 'optimizer', got {sorted(state)}")
         if self.optimizer is None or state["optimizer"] is None:
             self.optimizer = None
             self._saved = state["optimizer"]
