@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 import samplers
 import torch
+from ahead_of_time import compiled
 from samplers import Array
 
 from fastmto import solvers
@@ -28,7 +26,6 @@ from fastmto.ops.triton_mgda import mgda
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = float(np.finfo(np.float64).eps)
-HERE = Path(__file__).resolve().parent
 #: Some of every padded size, at both ends of each; the interpreter needs seconds for 64.
 TASKS = (1, 2, 3, 8, 17, 33)
 ORACLE_STATUS = {
@@ -283,20 +280,7 @@ def test_other_numbers_of_tasks_are_refused(solver: Callable[..., None], tasks: 
 @pytest.fixture(scope="module", params=[80, 90, 100], ids=lambda arch: f"sm_{arch}")
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Result of compiling without a GPU, by kernel; in a process that does not interpret."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(HERE.parent), *filter(None, [environment.get("PYTHONPATH")])]
-    )
-    done = subprocess.run(
-        [sys.executable, str(HERE / "aot_solvers.py"), str(request.param)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    return compiled("aot_solvers.py", request.param, tmp_path_factory)
 
 
 @pytest.mark.slow

@@ -6,18 +6,13 @@ What Triton's binder makes of the launchers' arguments is part of it.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from ahead_of_time import compiled
 
 pytest.importorskip("triton")
 
-HERE = Path(__file__).resolve().parent
 #: Loads of single weights, and of other programs' sums.
 NOT_STREAMS = {"ld.global.b64", "ld.global.cg.b64", "ld.global.cg.v2.b64"}
 
@@ -25,20 +20,7 @@ NOT_STREAMS = {"ld.global.b64", "ld.global.cg.b64", "ld.global.cg.v2.b64"}
 @pytest.fixture(scope="module", params=[80, 90, 100], ids=lambda arch: f"sm_{arch}")
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Result of compiling, by kernel."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(HERE.parent), *filter(None, [environment.get("PYTHONPATH")])]
-    )
-    done = subprocess.run(
-        [sys.executable, str(HERE / "aot.py"), str(request.param)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    return compiled("aot.py", request.param, tmp_path_factory)
 
 
 def is_tiled(name: str) -> bool:
