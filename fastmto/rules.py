@@ -36,6 +36,35 @@ class Coefficients(NamedTuple):
     mu: float
 
 
+class Numbers(NamedTuple):
+    """What an op reads of a step, as a row of float64: the rule's coefficients, the decay rates'
+    complements d = 1 - b in double precision, the rates, and whether the row's tasks take part."""
+
+    b1: float
+    d1: float
+    b2: float
+    d2: float
+    c1: float
+    c2: float
+    eps: float
+    mu: float
+    lr: float
+    keep: float  # 1 - lr weight_decay
+    active: float  # 1, or 0: then the others are 0 too
+
+
+class Hyper(NamedTuple):
+    """What `Numbers` are made of on the device, where only it knows the step; a row of float64."""
+
+    b1: float
+    b2: float
+    eps: float
+    mu: float
+    corrected: float  # 1 where c1 and c2 are Adam's bias corrections, else 0, and they are 0
+    lr: float
+    weight_decay: float
+
+
 @dataclass(frozen=True)
 class Rule:
     """Base of the update rules. `eps` must be positive: where no task has touched a coordinate
@@ -54,6 +83,19 @@ class Rule:
     def coefficients(self, step: int) -> Coefficients:
         """The numbers of the element formula at the 1-based `step`."""
         raise NotImplementedError
+
+    def numbers(self, step: int, lr: float = 0.0, weight_decay: float = 0.0) -> Numbers:
+        """The row of numbers at the 1-based `step`; step 0 takes no part."""
+        if step == 0:
+            return Numbers(*(0.0,) * len(Numbers._fields))
+        b1, b2, c1, c2, eps, mu = self.coefficients(step)
+        keep = 1 - lr * weight_decay
+        return Numbers(b1, 1 - b1, b2, 1 - b2, c1, c2, eps, mu, lr, keep, 1.0)
+
+    def hyper(self, lr: float, weight_decay: float) -> Hyper:
+        """The row that op `clock` makes `numbers` of."""
+        b1, b2, c1, _, eps, mu = self.coefficients(1)
+        return Hyper(b1, b2, eps, mu, float(c1 != 0), lr, weight_decay)
 
     def initial(self, name: str) -> float:
         """What the state tensor `name` is filled with before the first step."""
