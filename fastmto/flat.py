@@ -59,7 +59,7 @@ class FlatLayout:
         parameters: dense parameters of one dtype on one device; not modified.
 
     Attributes:
-        segments: (S+1,) int64 on the CPU; tensor s owns coordinates segments[s] to
+        segments: (S+1,) int64 on the device; tensor s owns coordinates segments[s] to
             segments[s+1], the zeros up to the next cache line included.
         numel: number of parameters, those zeros not counted.
     """
@@ -72,7 +72,7 @@ class FlatLayout:
         self._offsets = [0]
         for p in self.parameters:
             self._offsets.append(self._offsets[-1] + -(-p.numel() // step) * step)
-        self.segments = torch.tensor(self._offsets, dtype=torch.int64)
+        self.segments = torch.tensor(self._offsets, dtype=torch.int64, device=self.device)
         self.numel = sum(p.numel() for p in self.parameters)
 
     def __len__(self) -> int:

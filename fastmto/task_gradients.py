@@ -142,6 +142,7 @@ class TaskGradients:
         self.reaches = [True] * n_tasks  # whether a task's last own backward reached the rows
         self.backwards = 0
         self._unsettled = False  # whether a head was reached by several tasks, by zeros only
+        self._seed: Tensor | None = None
         self._shared: list[Tensor] = [p for layout in layouts for p in layout.parameters]
         self._heads = [head.parameters for head in heads]
         self.reached = [False] * len(self._shared)
@@ -177,7 +178,12 @@ class TaskGradients:
         return self._views[row]
 
     def per_task(
-        self, losses: Sequence[Tensor | None], *, at_once: int = 1, retain: bool = False
+        self,
+        losses: Sequence[Tensor | None],
+        *,
+        at_once: int = 1,
+        retain: bool = False,
+        seed: Tensor | None = None,
     ) -> None:
         """The gradients of every present task, each into its own row; absent tasks' rows are 0.
 
@@ -186,6 +192,8 @@ class TaskGradients:
             at_once: tasks a backward pass: 1 is one after the other; more are batched (vmap
                 through autograd), where the model allows it.
             retain: keep the graph.
+            seed: a scalar that all gradients of this call are multiplied by, on the way: the
+                scale of a GradScaler. None: 1.
 
         Raises:
             RuntimeError: an operation of the model cannot be batched; nothing has been taken.
@@ -194,6 +202,7 @@ class TaskGradients:
             if loss is None and self._empty:
                 _write(self._views[i], [None] * len(self._shared), add=False)
         present = [(i, loss) for i, loss in enumerate(losses) if loss is not None]
+        self._seed = seed
         fresh: list[tuple[int, HeadGrads]] = []
         for start in range(0, len(present), at_once):
             some = present[start : start + at_once]
@@ -207,18 +216,32 @@ class TaskGradients:
         self._empty = False
 
     def weighted(
-        self, losses: Sequence[Tensor | None], weights: Sequence[float], *, row: int = 0
+        self,
+        losses: Sequence[Tensor | None],
+        weights: Sequence[float] | Tensor,
+        *,
+        row: int = 0,
+        seed: Tensor | None = None,
     ) -> None:
         """One backward of sum_i weights_i L_i into `row`; heads get weights_i divided out again.
 
         Tasks of (nearly) no weight and tasks never seen before take a backward of their own.
+
+        Args:
+            losses: of the T tasks.
+            weights: of the T tasks. A tensor (T,), of weights >= 0, is not read: there a weight
+                below the smallest that can be divided out again counts as that one.
+            row: where the joint gradient goes.
+            seed: as in `per_task`.
         """
         present = [(i, loss) for i, loss in enumerate(losses) if loss is not None]
-        apart = [
-            i
-            for i, _ in present
-            if self._unsettled or abs(weights[i]) < self._floor or not self.inspected[i]
-        ]
+        self._seed = seed
+        if isinstance(weights, Tensor):
+            small = [False] * len(losses)
+            weights = weights.clamp(min=self._floor).unbind()
+        else:
+            small = [abs(a) < self._floor for a in weights]
+        apart = [i for i, _ in present if self._unsettled or small[i] or not self.inspected[i]]
         joint = {i: loss for i, loss in present if i not in apart}
         add = not self._empty
         if joint:
@@ -245,7 +268,14 @@ class TaskGradients:
         self._empty = False
 
     def _one_task(
-        self, i: int, loss: Tensor, *, row: int, add: bool, retain: bool, weight: float = 1.0
+        self,
+        i: int,
+        loss: Tensor,
+        *,
+        row: int,
+        add: bool,
+        retain: bool,
+        weight: float | Tensor = 1.0,
     ) -> list[tuple[int, HeadGrads]]:
         """One backward of task i. Gradients of heads whose owner is to be found or checked are
         returned; the others are taken."""
@@ -316,10 +346,7 @@ class TaskGradients:
         grads = torch.autograd.grad(
             losses if batched else [graph_root(loss) for loss in losses],  # type: ignore[arg-type]
             inputs,
-            [
-                a if isinstance(a, Tensor) else torch.full_like(loss, a)
-                for loss, a in zip(losses, weights, strict=True)
-            ],
+            [self._start(loss, a) for loss, a in zip(losses, weights, strict=True)],
             retain_graph=retain,
             allow_unused=True,
             is_grads_batched=batched,
@@ -339,6 +366,15 @@ class TaskGradients:
             start += len(self._heads[h])
         return grads[: len(self._shared)], head_grads
 
+    def _start(self, loss: Tensor, weight: float | Tensor) -> Tensor:
+        """What the backward of a loss starts with: its weight times the seed, of its dtype."""
+        if isinstance(weight, float):
+            weight = torch.full_like(loss, weight)
+        if self._seed is not None:
+            weight = weight * self._seed
+        # Batched, a weight has an axis more than the loss.
+        return weight.to(loss.dtype) if weight.dim() > loss.dim() else weight.to(loss).view_as(loss)
+
     def _take(
         self,
         tasks: Sequence[int],
@@ -346,7 +382,7 @@ class TaskGradients:
         *,
         row: int,
         add: bool,
-        weight: float = 1.0,
+        weight: float | Tensor = 1.0,
     ) -> None:
         _write(self._views[row], grads, add=add, weight=weight)
         hits = [grad is not None for grad in grads]
@@ -356,12 +392,14 @@ class TaskGradients:
             self.present[i] = True
             self.touched[i] |= any(hits) and (self.reaches[i] or len(tasks) == 1)
 
-    def _take_head(self, h: int, grads: Sequence[Tensor | None], factor: float = 1.0) -> None:
+    def _take_head(
+        self, h: int, grads: Sequence[Tensor | None], factor: float | Tensor = 1.0
+    ) -> None:
         """Take `factor` times a head's gradients; a head out of reach keeps none."""
         if all(grad is None for grad in grads):
             return
         _write(self.head_views[h], grads, add=self.filled[h], weight=factor)
-        if factor != 1.0 and not self.filled[h]:
+        if not self.filled[h] and (isinstance(factor, Tensor) or factor != 1.0):
             self.head_rows[h].mul_(factor)
         self.filled[h] = True
 
@@ -470,7 +508,11 @@ def leaves(losses: Sequence[Tensor], beyond: Sequence[Tensor]) -> list[Parameter
 
 
 def _write(
-    views: Sequence[Tensor], grads: Sequence[Tensor | None], *, add: bool, weight: float = 1.0
+    views: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    *,
+    add: bool,
+    weight: float | Tensor = 1.0,
 ) -> None:
     """Bring one backward's gradients into a row: the one copy they make.
 
@@ -486,9 +528,11 @@ def _write(
             sources.append(grad)
         elif not add:
             view.zero_()
-    if not targets or weight == 0.0:
+    if not targets or (isinstance(weight, float) and weight == 0.0):
         return
-    if add:
+    if add and isinstance(weight, Tensor):
+        torch._foreach_add_(targets, torch._foreach_mul(sources, weight))
+    elif add:
         torch._foreach_add_(targets, sources, alpha=weight)
     else:
         torch._foreach_copy_(targets, sources)
