@@ -54,7 +54,8 @@ class Case:
     """What an op is asked: T = n_tasks, P = numel.
 
     `padding` elements lie between the rows of grads (and of AdaTask's state); `sizes` are the
-    tensors' sizes (None: some small ones and one large); `step` 0 in a sequence is an absent task.
+    tensors' sizes (None: some small ones and one large); `step` 0 in a sequence is a task that takes
+    no part, 0 alone means that none does.
     """
 
     rule: Rule
@@ -80,13 +81,23 @@ class Inputs:
     rule: Rule
     step: int | list[int]
     grads: Tensor  # (T, P)
-    state: tuple[Tensor, ...]  # (P,) or (T, P) each
+    state: list[Tensor]  # (P,) or (T, P) each
     params: Tensor  # (P,)
     weights: Tensor  # (T,)
     segments: Tensor  # (S + 1,)
+    numbers: Tensor  # (1, 11), or (T, 11) with per_task: those of rule, step, lr and weight_decay
     clippy: Clippy | None
     lr: float
     weight_decay: float
+
+    @property
+    def kind(self) -> int:
+        return self.rule.kind
+
+    @property
+    def lambdas(self) -> tuple[float, float] | None:
+        """Clippy as the ops take it."""
+        return None if self.clippy is None else (self.clippy.lambda_rel, self.clippy.lambda_abs)
 
     @property
     def n_tasks(self) -> int:
@@ -105,7 +116,7 @@ class Inputs:
         return replace(
             self,
             grads=_like(self.grads),
-            state=tuple(_like(s) for s in self.state),
+            state=[_like(s) for s in self.state],
             params=self.params.clone(),
         )
 
@@ -113,9 +124,11 @@ class Inputs:
         return replace(
             self,
             grads=_like(self.grads, device),
-            state=tuple(_like(s, device) for s in self.state),
+            state=[_like(s, device) for s in self.state],
             params=self.params.to(device),
             weights=self.weights.to(device),
+            segments=self.segments.to(device),
+            numbers=self.numbers.to(device),
         )
 
     def poisoned_gram(self) -> Tensor:
@@ -125,6 +138,15 @@ class Inputs:
     def poisoned_sigma(self) -> Tensor:
         shape = (self.n_tasks, len(self.segments) - 1)
         return torch.full(shape, torch.nan, dtype=torch.float64, device=self.grads.device)
+
+
+def numbers_of(
+    rule: Rule, step: int | Sequence[int], lr: float = 0.0, weight_decay: float = 0.0
+) -> Tensor:
+    """`numbers` as the ops take them: one row, or one a task where `step` is a sequence."""
+    steps = [step] if isinstance(step, int) else step
+    rows = [rule.numbers(t, lr, weight_decay) for t in steps]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _rows(values: Tensor, padding: int, device: torch.device | str | None = None) -> Tensor:
@@ -175,10 +197,10 @@ def build(case: Case) -> Inputs:
         "grad_avg": v.sqrt() * 0.6 * torch.sin(normal(owners, numel)),
         "momentum_buffer": normal(owners, numel) * touched,
     }
-    state = tuple(
+    state = [
         _rows(made[name].to(maths), case.padding) if case.adatask else made[name][0].to(maths)
         for name in case.rule.state_names
-    )
+    ]
     if case.weights is None:
         weights = 0.5 + torch.rand(tasks, generator=generator, dtype=torch.float64)
     else:
@@ -197,6 +219,7 @@ def build(case: Case) -> Inputs:
         params=normal(numel).to(case.dtype),
         weights=weights,
         segments=bounds,
+        numbers=numbers_of(case.rule, step, case.lr, case.weight_decay),
         clippy=case.clippy,
         lr=case.lr,
         weight_decay=case.weight_decay,
@@ -230,7 +253,7 @@ def _spread(inputs: Inputs, sigma: Tensor | None) -> Tensor | float:
     """sigma (T, S) as (T, P)."""
     if sigma is None:
         return 1.0
-    return sigma.cpu().repeat_interleave(inputs.segments.diff(), dim=1)
+    return sigma.cpu().repeat_interleave(inputs.segments.cpu().diff(), dim=1)
 
 
 def expected_sigma(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -313,9 +336,12 @@ def expected_apply(inputs: Inputs, sigma: Tensor | None = None) -> Applied:
         if a != 0 and inputs.steps[i] > 0:
             step += a * us[i]
             size += abs(a) * magnitudes[i]
-    params = (1 - inputs.lr * inputs.weight_decay) * theta - inputs.lr * step
-    if not inputs.per_task:
+    keep = 1 - inputs.lr * inputs.weight_decay if any(inputs.steps) else 1.0
+    params = keep * theta - inputs.lr * step
+    if not inputs.per_task and any(inputs.steps):
         state = _moments(inputs.rule, inputs.steps[0], expected_combine(inputs), _old(inputs, 0))
+    elif not inputs.per_task:
+        state = [(s.double(), s.double().abs()) for s in inputs.state]
     else:
         rows: list[list[tuple[Tensor, Tensor]]] = []
         for i, t in enumerate(inputs.steps):
