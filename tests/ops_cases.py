@@ -54,8 +54,8 @@ class Case:
     """What an op is asked: T = n_tasks, P = numel.
 
     `padding` elements lie between the rows of grads (and of AdaTask's state); `sizes` are the
-    tensors' sizes (None: some small ones and one large); `step` 0 in a sequence is a task that takes
-    no part, 0 alone means that none does.
+    tensors' sizes (None: some small ones and one large); `step` 0 in a sequence is a task that
+    takes no part; 0 alone means that none does.
     """
 
     rule: Rule
