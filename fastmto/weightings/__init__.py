@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from .aligned_mtl import AlignedMTL
 from .bargaining import Bargaining
-from .base import SolverWeighting, Weighting
+from .base import DeviceSolver, SolverWeighting, Weighting
 from .cagrad import CAGrad
 from .constant import Constant, Equal
 from .dualproj import DualProj
@@ -28,6 +28,7 @@ __all__ = [
     "Bargaining",
     "CAGrad",
     "Constant",
+    "DeviceSolver",
     "DualProj",
     "Equal",
     "FairGrad",

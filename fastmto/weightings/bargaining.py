@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..solvers import Result, bargaining
-from .base import SolverWeighting, as_preference, check_tasks, of_tasks
+from .base import (
+    DeviceSolver,
+    SolverWeighting,
+    as_preference,
+    check_tasks,
+    device_copies,
+    of_tasks,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +78,18 @@ class Bargaining(SolverWeighting):
         if self.warm_start and result.weights is not None:
             self._last.update(zip(indices, result.weights.tolist(), strict=True))
         return result
+
+    def device_solver(self, n_tasks: int) -> DeviceSolver | None:
+        if self.method != "exact" or self.warm_start or n_tasks > ops.MAX_SOLVED_TASKS:
+            return None
+        powers, tol, ridge = device_copies(self._powers), self.tol, self.ridge
+
+        def solve(gram: Tensor, weights: Tensor, info: Tensor, tasks: Sequence[int] | None) -> None:
+            ops.bargaining(
+                gram, weights, info, preference=powers(gram, tasks), tol=tol, ridge=ridge
+            )
+
+        return solve
 
     def state_dict(self) -> dict[str, Any]:
         return {"last": dict(self._last)}

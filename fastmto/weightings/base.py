@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from ..solvers import Result
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+#: gram (n, n), weights (n,), info (4,), tasks or None; see `Weighting.device_solver`.
+DeviceSolver: TypeAlias = Callable[[Tensor, Tensor, Tensor, "Sequence[int] | None"], None]
 
 
 class Weighting(ABC):
@@ -51,6 +54,26 @@ class Weighting(ABC):
             SolverError: there are no weights for this Gram matrix; `status` says why.
             ValueError: a shape, or tasks that do not fit.
         """
+
+    def device_solver(self, n_tasks: int) -> DeviceSolver | None:
+        """What finds the weights where the Gram matrix lies and has nothing read by the host.
+
+        Args:
+            n_tasks: T, the most tasks that it will be called with.
+
+        Returns:
+            None where the weights need the host. Else a function of
+
+                gram (n, n)   float64, contiguous; not modified
+                weights (n,)  float64 on its device <- what a call would return, where there is one
+                info (4,)     float64 on its device <- number of the status in
+                              `fastmto.solvers.STATUSES`, iterations, residual, kappa
+                tasks         as in a call
+
+            It sets no `result`. Options that are per task are brought to the device at the first
+            call with tasks like these and kept by the function: keep that.
+        """
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to continue exactly from here."""
@@ -139,3 +162,32 @@ def of_tasks(
         f"gram must be of the {len(preference)} tasks of preference, "
         f"got tasks {check_tasks(gram, tasks)}"
     )
+
+
+def device_copies(
+    values: Callable[[Tensor, Sequence[int] | None], NDArray[np.float64] | None],
+) -> Callable[[Tensor, Sequence[int] | None], Tensor | None]:
+    """`values`, a function of the Gram matrix' shape and the tasks, with its float64 results on
+    the Gram matrix' device: made at the first call for tasks like these, and kept."""
+    copies: dict[tuple[torch.device, int, tuple[int, ...] | None], Tensor | None] = {}
+
+    def copy(gram: Tensor, tasks: Sequence[int] | None) -> Tensor | None:
+        key = (gram.device, len(gram), None if tasks is None else tuple(tasks))
+        if key not in copies:
+            vector = values(gram, tasks)
+            copies[key] = None if vector is None else on_device(vector, gram.device)
+        return copies[key]
+
+    return copy
+
+
+def on_device(
+    values: Sequence[float] | NDArray[np.float64],
+    device: torch.device,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The values (n,) on a device, without waiting for it as a copy of pageable memory would."""
+    vector = torch.empty(len(values), dtype=dtype, device=device)
+    for entry, value in zip(vector.unbind(), values, strict=True):
+        entry.fill_(value)
+    return vector

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Weighting, check_tasks
+from .base import DeviceSolver, Weighting, check_tasks, device_copies
 
 
 class Constant(Weighting):
@@ -27,14 +28,27 @@ class Constant(Weighting):
             raise ValueError(f"weights must be finite numbers >= 0, got {self.weights}")
 
     def __call__(self, gram: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        return torch.tensor(self._of(gram, tasks), dtype=gram.dtype, device=gram.device)
+
+    def device_solver(self, n_tasks: int) -> DeviceSolver:
+        copies = device_copies(lambda gram, tasks: np.array(self._of(gram, tasks)))
+
+        def solve(gram: Tensor, weights: Tensor, info: Tensor, tasks: Sequence[int] | None) -> None:
+            copy = copies(gram, tasks)
+            assert copy is not None
+            weights.copy_(copy)
+            info.zero_()  # solved
+
+        return solve
+
+    def _of(self, gram: Tensor, tasks: Sequence[int] | None) -> list[float]:
+        """The weights of the tasks of this call."""
         indices = check_tasks(gram, tasks)
         if (tasks is None and len(gram) != len(self.weights)) or max(indices) >= len(self.weights):
             raise ValueError(
                 f"gram must have {len(self.weights)} tasks, one a weight, got tasks {indices}"
             )
-        return torch.tensor(
-            [self.weights[i] for i in indices], dtype=gram.dtype, device=gram.device
-        )
+        return [self.weights[i] for i in indices]
 
     def __repr__(self) -> str:
         return f"Constant({self.weights})"
@@ -47,6 +61,13 @@ class Equal(Weighting):
         if tasks is not None:
             check_tasks(gram, tasks)
         return torch.ones(len(gram), dtype=gram.dtype, device=gram.device)
+
+    def device_solver(self, n_tasks: int) -> DeviceSolver:
+        def solve(gram: Tensor, weights: Tensor, info: Tensor, tasks: Sequence[int] | None) -> None:
+            weights.fill_(1.0)
+            info.zero_()  # solved
+
+        return solve
 
     def __repr__(self) -> str:
         return "Equal()"

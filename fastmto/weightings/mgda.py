@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..solvers import Result, mgda
-from .base import SolverWeighting
+from .base import DeviceSolver, SolverWeighting
 
 
 class MGDA(SolverWeighting):
@@ -47,6 +48,16 @@ class MGDA(SolverWeighting):
 
     def _solve(self, gram: Tensor, tasks: Sequence[int] | None) -> Result[Tensor]:
         return mgda(gram if self.normalization == "none" else _cosines(gram))
+
+    def device_solver(self, n_tasks: int) -> DeviceSolver | None:
+        if n_tasks > ops.MAX_SOLVED_TASKS:
+            return None
+        cosines = self.normalization == "l2"
+
+        def solve(gram: Tensor, weights: Tensor, info: Tensor, tasks: Sequence[int] | None) -> None:
+            ops.mgda(_cosines(gram) if cosines else gram, weights, info)
+
+        return solve
 
     def __repr__(self) -> str:
         return f"MGDA(normalization={self.normalization!r})"

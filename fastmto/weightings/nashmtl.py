@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .bargaining import Bargaining
+from .base import DeviceSolver
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -96,6 +97,20 @@ class NashMTL(Bargaining):
         a = self.result.weights.to("cpu", torch.float64)
         length = math.sqrt(max(float(a @ gram.detach().to("cpu", torch.float64) @ a), 0.0))
         return weights if length <= self.max_norm else weights * (self.max_norm / length)
+
+    def device_solver(self, n_tasks: int) -> DeviceSolver | None:
+        solve, max_norm = super().device_solver(n_tasks), self.max_norm
+        if solve is None or max_norm is None or self._clips_before:
+            return solve
+
+        def clipped(
+            gram: Tensor, weights: Tensor, info: Tensor, tasks: Sequence[int] | None
+        ) -> None:
+            solve(gram, weights, info, tasks)
+            length = (weights @ gram @ weights).clamp(min=0.0).sqrt()
+            weights.mul_((max_norm / length).clamp(max=1.0))
+
+        return clipped
 
     def _options(self) -> list[str]:
         return [f"max_norm={self.max_norm!r}", *super()._options()]
