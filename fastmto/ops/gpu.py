@@ -16,15 +16,23 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from ..rules import Clippy, Rule
-from . import Steps, eager, perturbation
+from ..rules import Clippy, Hyper, Numbers, Rule
+from . import MAX_SOLVED_TASKS, Steps, eager, perturbation
 
 if importlib.util.find_spec("triton") is None:
     raise ImportError(
         "tensors on a GPU need Triton, which CUDA builds of torch bring along on Linux; "
         "install it with `pip install triton`"
     )
-from . import triton_apply, triton_combine, triton_perturb, triton_search
+from . import (
+    triton_apply,
+    triton_bargaining,
+    triton_combine,
+    triton_control,
+    triton_mgda,
+    triton_perturb,
+    triton_search,
+)
 
 GRAD_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -255,6 +263,62 @@ def perturb(
     triton_perturb.perturb(params, out, scale, direction, seed, offset, distribution)
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN, infinite or too large to be squared; waits for the device."""
-    return eager.all_finite(tensor)
+def clock(hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found: Tensor) -> None:
+    """numbers <- those of the next step."""
+    rows = len(counts)
+    _check("counts", counts, (rows,), torch.int64, counts)
+    _check("hyper", hyper, (rows, len(Hyper._fields)), torch.float64, counts)
+    _check("active", active, (rows,), torch.int32, counts)
+    _check("numbers", numbers, (rows, len(Numbers._fields)), torch.float64, counts)
+    _check("found", found, (1,), torch.int32, counts)
+    triton_control.clock(hyper, counts, active, numbers, found)
+
+
+def advance(counts: Tensor, active: Tensor, found: Tensor, tally: Tensor) -> None:
+    """counts and tally go on by one step."""
+    rows = len(counts)
+    _check("counts", counts, (rows,), torch.int64, counts)
+    _check("active", active, (rows,), torch.int32, counts)
+    _check("found", found, (1,), torch.int32, counts)
+    _check("tally", tally, (2,), torch.int64, counts)
+    triton_control.advance(counts, active, found, tally)
+
+
+def check(grads: Tensor, found: Tensor) -> None:
+    """found <- 1 where grads hold what is not finite or too large."""
+    _check_grads(grads)
+    _check("found", found, (1,), torch.int32, grads)
+    triton_control.check(grads, found)
+
+
+def _check_solve(gram: Tensor, weights: Tensor, info: Tensor) -> None:
+    tasks = gram.shape[0] if gram.dim() == 2 else 0
+    if not 1 <= tasks <= MAX_SOLVED_TASKS:
+        raise ValueError(
+            f"gram must be (T, T) with 1 to {MAX_SOLVED_TASKS} tasks, got {tuple(gram.shape)}"
+        )
+    _check("gram", gram, (tasks, tasks), torch.float64, gram)
+    _check("weights", weights, (tasks,), torch.float64, gram)
+    _check("info", info, (4,), torch.float64, gram)
+
+
+def bargaining(
+    gram: Tensor,
+    weights: Tensor,
+    info: Tensor,
+    *,
+    preference: Tensor | None = None,
+    tol: float = 1e-13,
+    ridge: float = 0.0,
+) -> None:
+    """weights <- the a > 0 with a_i (gram a)_i = preference_i."""
+    _check_solve(gram, weights, info)
+    if preference is not None:
+        _check("preference", preference, (len(gram),), torch.float64, gram)
+    triton_bargaining.bargaining(gram, weights, info, preference=preference, tol=tol, ridge=ridge)
+
+
+def mgda(gram: Tensor, weights: Tensor, info: Tensor) -> None:
+    """weights <- the point w of the simplex of least w' gram w."""
+    _check_solve(gram, weights, info)
+    triton_mgda.mgda(gram, weights, info)
