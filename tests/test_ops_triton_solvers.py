@@ -293,7 +293,6 @@ def test_other_numbers_of_tasks_are_refused(solver: Callable[..., None], tasks: 
         (2, torch.ones(3).double(), r"info must have shape \(4,\)"),
         (2, torch.ones(4, dtype=torch.float64, device="meta"), "info must be on"),
     ],
-    ids=str,
 )
 def test_wrong_arguments_are_named(
     solver: Callable[..., None], place: int, bad: torch.Tensor, message: str
