@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class ClippyAdam(torch.optim.Optimizer):
         theta <- (1 - lr weight_decay) theta - lr sigma u
 
     A plain torch optimizer: `loss.backward()`, `step()`. A step with a NaN or infinite gradient
-    raises before anything moves.
+    raises before anything moves, which is why a step waits for a GPU once.
 
     Args:
         params: parameters or param groups of one device.
@@ -69,10 +69,11 @@ class ClippyAdam(torch.optim.Optimizer):
     def _build(self) -> None:
         device = self.param_groups[0]["params"][0].device
         self._rules = GroupRules(self._rule)
-        self._ops = ops.on(device)
+        ops.backend(device)  # a device without one is refused here
         self._one = torch.ones(1, dtype=torch.float64, device=device)
         self._sigma = torch.ones(1, 1, dtype=torch.float64, device=device)
         self._gram = torch.zeros(1, 1, dtype=torch.float64, device=device)
+        self._found = torch.zeros(1, dtype=torch.int32, device=device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -98,23 +99,38 @@ class ClippyAdam(torch.optim.Optimizer):
             for p in group["params"]
             if p.grad is not None
         ]
+        self._found.zero_()
         for _, _, p, grad in jobs:
             self._check(p, grad)
-        for rule, group, p, grad in jobs:
-            self._move(rule, group, p, grad)
+        if self._found.item():
+            raise NonFiniteError(self._culprit([grad for _, _, _, grad in jobs]))
+        numbers = [
+            rule.numbers(self._count(rule, p), float(group["lr"]), float(group["weight_decay"]))
+            for rule, group, p, _ in jobs
+        ]
+        rows = torch.tensor(numbers, dtype=torch.float64).to(self._found.device)
+        for (rule, _, p, grad), row in zip(jobs, rows, strict=True):
+            self._move(rule, row[None], p, grad)
         torch.autograd.graph.increment_version([p for _, _, p, _ in jobs])
         return result
 
     def _check(self, p: Parameter, grad: Tensor) -> None:
-        """Refuse a gradient that `_move` could not take."""
-        named = f"the gradient of a parameter of shape {tuple(p.shape)}"
+        """Refuse a sparse gradient; found if one is not finite."""
         if grad.layout is not torch.strided:
-            raise RuntimeError(f"{named} is sparse ({grad.layout}): build it with sparse=False")
-        if not self._ops.all_finite(as_vector(laid_like(grad, p))):
-            raise NonFiniteError(f"{named} is not finite; the step was not made")
+            raise RuntimeError(f"{_name(p)} is sparse ({grad.layout}): build it with sparse=False")
+        ops.check(as_vector(laid_like(grad, p))[None], self._found)
 
-    def _move(self, rule: Rule, group: Mapping[str, Any], p: Parameter, grad: Tensor) -> None:
-        """One step of one parameter and its state, which is filled at the first."""
+    def _culprit(self, grads: Sequence[Tensor]) -> str:
+        """Which gradient it was."""
+        for grad in grads:
+            self._found.zero_()
+            ops.check(grad.detach().reshape(1, -1), self._found)
+            if self._found.item():
+                break
+        return f"{_name(grad)} is not finite; the step was not made"
+
+    def _count(self, rule: Rule, p: Parameter) -> int:
+        """The number of the step being made of a parameter; its state is filled at the first."""
         state = self.state[p]
         if not state:
             state["step"] = 0
@@ -124,31 +140,20 @@ class ClippyAdam(torch.optim.Optimizer):
                 )
         check_state_names(rule, [name for name in state if name != "step"])
         state["step"] += 1
-        lr, segments = float(group["lr"]), torch.tensor([0, p.numel()])
-        arguments = (
-            rule,
-            int(state["step"]),
-            as_vector(laid_like(grad, p))[None],
-            tuple(as_vector(state[name]) for name in rule.state_names),
+        return int(state["step"])
+
+    def _move(self, rule: Rule, numbers: Tensor, p: Parameter, grad: Tensor) -> None:
+        """One step of one parameter and its moments."""
+        segments = torch.tensor([0, p.numel()], device=p.device)
+        grads = as_vector(laid_like(grad, p))[None]
+        state = [as_vector(self.state[p][name]) for name in rule.state_names]
+        clippy = (self._clippy.lambda_rel, self._clippy.lambda_abs)
+        bounds = {"segments": segments, "sigma": self._sigma}
+        params = as_vector(p)
+        ops.search(
+            rule.kind, numbers, grads, state, self._gram, clippy=clippy, params=params, **bounds
         )
-        self._ops.search(
-            *arguments,
-            self._gram,
-            clippy=self._clippy,
-            params=as_vector(p),
-            lr=lr,
-            segments=segments,
-            sigma=self._sigma,
-        )
-        self._ops.apply(
-            *arguments,
-            as_vector(p),
-            self._one,
-            lr,
-            float(group["weight_decay"]),
-            segments=segments,
-            sigma=self._sigma,
-        )
+        ops.apply(rule.kind, numbers, grads, state, params, self._one, **bounds)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which would round the moments to the parameters' dtype."""
@@ -169,3 +174,7 @@ class ClippyAdam(torch.optim.Optimizer):
             self._rule, self._clippy = state.pop("rule"), state.pop("clippy")
         super().__setstate__(state)
         self._build()
+
+
+def _name(tensor: Tensor) -> str:
+    return f"the gradient of a parameter of shape {tuple(tensor.shape)}"

@@ -9,7 +9,6 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,15 +19,21 @@ from torch.nn import Parameter
 from . import ops
 from .errors import NonFiniteError, SolverError, warn
 from .flat import FlatParameters
-from .group_rules import GroupRules, check_state_names, state_dtype
+from .group_rules import GroupRules, check_state_names
 from .groups import Parameters, TaskParameters, check_lr, param_groups
-from .rules import Clippy, Rule, as_rule
+from .passes import Buffer, Clock, Pass, capturing, upload
+from .rules import Clippy, Hyper, Rule, as_rule
+from .solvers import STATUSES, Result
 from .task_gradients import Losses, TaskGradients, as_list, first_nonfinite
 from .weightings import Bargaining, Weighting
 
 GramWeighting = Weighting | Callable[[Tensor], Tensor]
 
 SCALES = ("mean_norm", "rms", "sum", "none")
+#: Places in `_outcomes`, the counts of searches that are kept on the device.
+FOUND, HELD, CAPPED = range(3)
+#: Sets of tasks whose indices are kept on the device at a time.
+MAX_SETS = 64
 STATS = ("steps", "searches", "backwards", "held", "capped", "skipped", "absent", "untouched")
 
 
@@ -43,10 +48,13 @@ class UpdateBalancer(torch.optim.Optimizer):
         moments take one step of the rule on sum_i a_i g_i
 
     Arguments are those of `PUB`; `weighting=None` keeps all weights at 1.
+
+    There is one flow, and two ways to decide in it. Where the host decides (on CPUs), it reads
+    whether the gradients are finite and what the solver found. Where the step is `capturable`,
+    these decisions are tensors on the device, which the ops that follow look at.
     """
 
-    #: Makes a GradScaler hand its scale to `step`, which refuses it: left alone, the scaler would
-    #: unscale the heads' gradients and not the shared ones, in silence.
+    #: Makes a GradScaler leave the unscaling to `step`: it sees the heads' gradients only.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -67,6 +75,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         delayed: bool = False,
         on_failure: str = "hold",
         on_nonfinite: str = "skip",
+        capturable: bool | None = None,
     ) -> None:
         groups, n_tasks, names = param_groups(shared_parameters, task_parameters)
         between = between or ("per_task" if adatask else "weighted")
@@ -96,6 +105,7 @@ class UpdateBalancer(torch.optim.Optimizer):
             "delayed": delayed,
             "on_failure": on_failure,
             "on_nonfinite": on_nonfinite,
+            "capturable": capturable,
         }
         self._rule = as_rule(rule)
         check_lr(lr, weight_decay)
@@ -122,16 +132,14 @@ class UpdateBalancer(torch.optim.Optimizer):
         self._owners = owners
         self._numel = sum(flat.numel for _, flat in self._shared)
         self._device = self._shared[0][1].device
-        self._ops = ops.on(self._device)
-        self._steps = 0
-        self._found = False  # whether any search has found weights
+        ops.backend(self._device)  # a device without one is refused here
+        self._steps = 0  # of the search phase
+        self._found = False  # whether any search has found weights, as far as is known
         self._pending: str | None = None  # None, "per_task", "weighted" or "refused"
-        #: Counts of what happened, the unusual above all; see `PUB`.
-        self.stats: dict[str, int] = dict.fromkeys(STATS, 0)
-        #: Gram matrix (n, n) of the last search, over the n tasks that took part; float64, CPU.
-        self.gram: Tensor | None = None
-        #: Last task weights (T,), float64 on the CPU; None until the number of tasks is known.
-        self.weights: Tensor | None = None
+        self._scaler: torch.amp.GradScaler | None = None  # of the gradients that are pending
+        self._counted: dict[str, int] = dict.fromkeys(STATS, 0)
+        self._gram: Tensor | None = None
+        self._weights: Tensor | None = None
         #: The gradients between `backward` and `step`; None until T is known.
         self.gradients: TaskGradients | None = None
         if n_tasks is not None:
@@ -139,17 +147,23 @@ class UpdateBalancer(torch.optim.Optimizer):
 
     def _set_tasks(self, n_tasks: int) -> TaskGradients:
         """Allocate what depends on T: gradients, moments, weights."""
+        self.capturable = self._is_capturable(n_tasks)
         self.gradients = TaskGradients(
             [flat for _, flat in self._shared],
             [flat for _, flat in self._heads],
             self._owners,
             n_tasks,
         )
-        self.weights = torch.ones(n_tasks, dtype=torch.float64)
-        self._applied = torch.ones(n_tasks, dtype=torch.float64, device=self._device)
-        self._one = torch.ones(1, dtype=torch.float64, device=self._device)
-        self._task_steps = [0] * n_tasks  # steps each task took part in
-        self._head_steps = [0] * len(self._heads)
+        self._weights = self._float64(torch.ones, n_tasks, on_host=not self.capturable)
+        self._applied = self._float64(torch.ones, n_tasks)
+        self._one = self._float64(torch.ones, 1)
+        self._raw = self._float64(torch.zeros, n_tasks)
+        self._info = self._float64(torch.zeros, 4)
+        self._outcomes = torch.zeros(3, dtype=torch.int64, device=self._device)
+        self._sets: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        weighting = self.weighting
+        there = self.capturable and isinstance(weighting, Weighting)
+        self._solver = weighting.device_solver(n_tasks) if there else None  # type: ignore[union-attr]
         adatask = self._settings["adatask"]
         self._buffers = [
             Buffer(number, flat, grads, self._rules(self.param_groups[number]), adatask=adatask)
@@ -159,8 +173,46 @@ class UpdateBalancer(torch.optim.Optimizer):
             Buffer(number, flat, grads, self._rules(self.param_groups[number]))
             for (number, flat), grads in zip(self._heads, self.gradients.head_rows, strict=True)
         ]
+        buffers = [*self._buffers, *self._head_buffers]
+        self._clock = Clock(sum(b.clock_rows for b in buffers), self._device)
+        first = 0
+        for buffer in buffers:
+            first = buffer.bind(self._clock, first)
         self._bind_state()
         return self.gradients
+
+    def _float64(self, fill: Any, size: int, *, on_host: bool = False) -> Tensor:
+        tensor: Tensor = fill(size, dtype=torch.float64, device="cpu" if on_host else self._device)
+        return tensor
+
+    def _is_capturable(self, n_tasks: int) -> bool:
+        """Whether no step reads what the device computes.
+
+        Raises:
+            ValueError: it should, and cannot.
+        """
+        given: bool | None = self._settings["capturable"]
+        if given is False or (given is None and self._device.type == "cpu"):
+            return False
+        weighting = self.weighting
+        solver = None
+        if isinstance(weighting, Weighting):
+            solver = weighting.device_solver(n_tasks)
+        half = any(flat.dtype == torch.float16 for _, flat in (*self._shared, *self._heads))
+        obstacles = {
+            f"weighting {weighting!r} of {n_tasks} tasks is found on the host": (
+                weighting is not None and solver is None
+            ),
+            "on_failure='raise' has to look": self._settings["on_failure"] == "raise",
+            "on_nonfinite='raise' has to look": self._settings["on_nonfinite"] == "raise",
+            "float16 parameters with between='weighted' need weights that can be looked at": (
+                half and self._settings["between"] == "weighted" and weighting is not None
+            ),
+        }
+        found = [what for what, stands in obstacles.items() if stands]
+        if found and given:
+            raise ValueError(f"capturable must be None or False here: {found[0]}")
+        return not found
 
     def _bind_state(self) -> None:
         """Show every parameter's piece of the moments in `self.state`, torch's way."""
@@ -171,7 +223,42 @@ class UpdateBalancer(torch.optim.Optimizer):
     @property
     def n_tasks(self) -> int | None:
         """T; None before the first backward where `task_parameters` was one flat iterable."""
-        return None if self.weights is None else len(self.weights)
+        return None if self._weights is None else len(self._weights)
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Last task weights (T,), float64 on the CPU; None until T is known. Waits for a device."""
+        return None if self._weights is None else self._weights.to("cpu", copy=True)
+
+    @property
+    def gram(self) -> Tensor | None:
+        """Gram matrix (n, n) of the last search, over the n tasks that took part; float64, CPU.
+        Waits for a device."""
+        return None if self._gram is None else self._gram.cpu()
+
+    @property
+    def result(self) -> Result[Tensor] | None:
+        """How the last solve ended, with weights before `scale`; None where no solver was asked.
+        Waits for a device."""
+        if self._gram is None or self._solver is None:
+            return getattr(self.weighting, "result", None)
+        number, iterations, residual, kappa = self._info.tolist()
+        status = STATUSES[int(number)]
+        weights = self._raw[: len(self._gram)].cpu() if status == "solved" else None
+        return Result(weights, status, int(iterations), residual, kappa)
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counts of what happened, the unusual above all; see `PUB`. Waits for a device."""
+        counted = dict(self._counted)
+        if self.gradients is not None and self.capturable:
+            steps, skipped = self._clock.tally.tolist()
+            _, held, capped = self._outcomes.tolist()
+            for name, more in zip(
+                ("steps", "skipped", "held", "capped"), (steps, skipped, held, capped), strict=True
+            ):
+                counted[name] += more
+        return counted
 
     @property
     def weighting(self) -> GramWeighting | None:
@@ -179,7 +266,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         weighting: GramWeighting | None = self._settings["weighting"]
         return weighting
 
-    def backward(self, losses: Losses) -> None:
+    def backward(self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None) -> None:
         """Compute the gradients of a step; takes the place of `loss.backward()`.
 
         T backward passes on a step that searches weights (and on every step with
@@ -190,16 +277,23 @@ class UpdateBalancer(torch.optim.Optimizer):
             losses: T scalars: a tensor (T,), a list, a tuple or a dict of named tasks. None, or
                 a name left out of the dict, is a task absent from this batch: its head, its
                 weight and its own moments keep still.
+            scaler: multiplies the gradients of these backward passes by its scale, on the way;
+                the losses come as they are. `scaler.step(optimizer)` then divides it out again,
+                once, and `scaler.update()` learns of gradients that were not finite.
 
         Raises:
             ValueError: the wrong number of losses, a loss that is no scalar or not attached to
-                a graph, a task-specific parameter that several tasks use.
+                a graph, a task-specific parameter that several tasks use, two scalers in a step.
             RuntimeError: no loss reaches the shared parameters, a sparse gradient, a parameter
                 that was moved or frozen after construction.
             NonFiniteError: a loss is NaN or infinite, with `on_nonfinite="raise"`; with "skip"
                 the step is skipped and counted.
         """
         values, names = as_list(losses, self.n_tasks, self._names)
+        if scaler is not None and not scaler.is_enabled():
+            scaler = None
+        if self._pending is not None and scaler is not self._scaler:
+            raise ValueError("scaler must be the same in all backward calls of a step")
         for _, flat in self._shared:
             flat.check("shared parameter", grads=False)
         for _, flat in self._heads:
@@ -211,21 +305,27 @@ class UpdateBalancer(torch.optim.Optimizer):
         if self._pending is None:
             gradients.clear()
         self._pending = None
+        self._scaler = scaler
         # Reading losses would stall an accelerator; there the gradients tell, in `step`.
-        bad = first_nonfinite(values) if self._device.type == "cpu" else None
+        looks = self._device.type == "cpu" and not self.capturable
+        bad = first_nonfinite(values) if looks else None
         if bad is not None:
             self._refuse(f"losses[{bad}] is not finite")
             self._pending = "refused"
             return
         before = gradients.backwards
+        seed = None
+        if scaler is not None:
+            seed = scaler.scale(torch.ones((), device=self._device))
         if self._settings["between"] == "per_task" or self._searches():
-            gradients.per_task(values)
+            gradients.per_task(values, seed=seed)
             pending = "per_task"
         else:
-            assert self.weights is not None
-            gradients.weighted(values, self.weights.tolist())
+            assert self._weights is not None
+            weights = self._weights if self.capturable else self._weights.tolist()
+            gradients.weighted(values, weights, seed=seed)
             pending = "weighted"
-        self.stats["backwards"] += gradients.backwards - before
+        self._counted["backwards"] += gradients.backwards - before
         if not any(gradients.reached):
             raise RuntimeError(
                 "no loss reaches the shared parameters: they are not what the model computes with"
@@ -247,7 +347,7 @@ class UpdateBalancer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of `backward`, as torch's optimizers do."""
-        self._pending = None
+        self._pending = self._scaler = None
         if self.gradients is not None:
             self.gradients.clear()
         super().zero_grad(set_to_none)
@@ -257,7 +357,13 @@ class UpdateBalancer(torch.optim.Optimizer):
         if self.weighting is None:
             return False
         every: int = self._settings["update_weights_every"]
-        return self._steps % every == 0 or not self._found
+        return self._steps % every == 0 or not self._has_found()
+
+    def _has_found(self) -> bool:
+        """Whether any search has found weights. Waits for a device until one has."""
+        if not self._found and self.capturable and not capturing(self._device):
+            self._found = bool(self._outcomes[FOUND] > 0)
+        return self._found
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -272,44 +378,37 @@ class UpdateBalancer(torch.optim.Optimizer):
             What the closure returned.
 
         Raises:
-            RuntimeError: no `backward` since the last step, or a GradScaler.
+            RuntimeError: no `backward` since the last step; a GradScaler that `backward` was not
+                given, or one that was and does not make this call.
             SolverError: no weights were found, with `on_failure="raise"`.
             NonFiniteError: a gradient is NaN or infinite, with `on_nonfinite="raise"`.
         """
-        if hasattr(self, "found_inf"):
-            raise RuntimeError(
-                f"{type(self).__name__} does not work with a GradScaler; use bfloat16 autocast, "
-                "which needs none"
-            )
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        pending, self._pending = self._pending, None
-        if pending is None:
+        if self._pending is None:
             raise RuntimeError("step() needs gradients: call backward(losses) of this optimizer")
+        self._unscale()
+        pending, self._pending = self._pending, None
         if pending == "refused":
             return result
         assert self.gradients is not None
         reached = any(self.gradients.touched)
         searches = reached and pending == "per_task" and self._searches()
         # Before the first weights are found there are none to go by.
-        delayed = searches and self._settings["delayed"] and self._found
-        rows = 1 if pending == "weighted" else len(self._task_steps)
-        step, filled = self._op_step(), self.gradients.filled
-        shared = [self._pass(b, step, rows) for b in self._buffers] if reached else []
-        heads = [
-            self._pass(buffer, steps + 1, 1)
-            for buffer, steps, on in zip(self._head_buffers, self._head_steps, filled, strict=True)
-            if on
-        ]
-        if (searches and not delayed) or self._settings["clippy"] is not None:
-            for one in shared:
-                one.search()
-        if self._settings["clippy"] is not None:
-            for one in heads:
-                one.search()
-        if not all(one.finite() for one in (*shared, *heads)):
+        delayed = searches and self._settings["delayed"] and self._has_found()
+        clipped = self._settings["clippy"] is not None
+        rows = 1 if pending == "weighted" else len(self.gradients.touched)
+        shared, heads = self._passes(rows)
+        if not reached:
+            shared = []
+        self._clock.start()
+        for one in shared:
+            one.search() if clipped or (searches and not delayed) else one.check()
+        for one in heads:
+            one.search() if clipped else one.check()
+        if not self.capturable and self._clock.found.item():
             self._refuse("a gradient or an update is not finite, or too large to be squared")
             return result
         if searches and not delayed:
@@ -319,56 +418,167 @@ class UpdateBalancer(torch.optim.Optimizer):
             one.delayed(weights) if delayed else one.apply(weights)
         for one in heads:
             one.apply(self._one)
+        self._clock.finish()
         self._count(searches)
         if delayed:
             self._balance()
         return result
 
-    def _pass(self, buffer: Buffer, step: ops.Steps, rows: int) -> Pass:
-        group = self.param_groups[buffer.number]
-        check_lr(group["lr"], group["weight_decay"])
-        rule = self._rules(group)
-        check_state_names(rule, buffer.state_names)
-        rates = float(group["lr"]), float(group["weight_decay"])
-        return Pass(self._ops, buffer, rule, step, rows, *rates, self._settings["clippy"])
+    def _unscale(self) -> None:
+        """Divide a GradScaler's scale out of the gradients, which tells it what is not finite.
 
-    def _op_step(self) -> ops.Steps:
-        if not self._settings["adatask"]:
-            return self._steps + 1
+        Nothing has changed when this raises.
+        """
+        called = hasattr(self, "found_inf")
+        scaler = self._scaler
+        if scaler is None and called:
+            raise RuntimeError(
+                f"{type(self).__name__}.backward must be given the GradScaler that steps it: "
+                "optimizer.backward(losses, scaler=scaler), with losses that are not scaled"
+            )
+        if scaler is None:
+            return
+        if not called:
+            raise RuntimeError(
+                "the gradients are scaled: call scaler.step(optimizer) in place of optimizer.step()"
+            )
         assert self.gradients is not None
-        active = self.gradients.touched
-        return [n + 1 if on else 0 for n, on in zip(self._task_steps, active, strict=True)]
+        self._scaler = None
+        n_rows = 1 if self._pending == "weighted" else len(self.gradients.touched)
+        scaled = [row for rows in self.gradients.rows for row in rows[:n_rows]]
+        if self._pending == "refused":
+            scaled = [torch.full((1,), math.inf, device=self._device)]  # like the loss
+        # Without a scale the caller has unscaled the heads, by `scaler.unscale_(optimizer)`.
+        elif self.grad_scale is not None:  # type: ignore[attr-defined]
+            filled = zip(self.gradients.head_rows, self.gradients.filled, strict=True)
+            scaled += [rows[0] for rows, on in filled if on]
+        # The scaler knows it by its identity until the next step.
+        self._carrier = _Carrier(scaled)
+        scaler.unscale_(self._carrier)  # type: ignore[arg-type]
+
+    def _passes(self, rows: int) -> tuple[list[Pass], list[Pass]]:
+        """The passes over the shared buffers and over the heads that have a gradient; sets the
+        clock."""
+        assert self.gradients is not None
+        filled = self.gradients.filled
+        on_tasks = self.gradients.touched if self._settings["adatask"] else [True]
+        shared = [(b, on_tasks) for b in self._buffers]
+        heads = [(b, [on]) for b, on in zip(self._head_buffers, filled, strict=True)]
+        hyper: list[Hyper] = []
+        active: list[bool] = []
+        passes = []
+        rates: list[tuple[slice, Tensor]] = []
+        for buffer, on in (*shared, *heads):
+            group = self.param_groups[buffer.number]
+            rule = self._rules(group)
+            check_state_names(rule, buffer.state_names)
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.device.type != "cpu":
+                rates.append((buffer.rows, lr))
+                lr = 0.0
+            check_lr(lr, group["weight_decay"])
+            hyper += [rule.hyper(float(lr), float(group["weight_decay"]))] * len(on)
+            active += on
+            n_rows = rows if on is on_tasks else 1
+            clippy = self._settings["clippy"]
+            passes.append(Pass(buffer, rule.kind, n_rows, clippy, self._clock.found))
+        self._clock.set(hyper, active)
+        for where, rate in rates:
+            self._clock.set_lr(where, rate)
+        n_shared = len(shared)
+        return passes[:n_shared], [
+            one for one, on in zip(passes[n_shared:], filled, strict=True) if on
+        ]
+
+    def _set_of(self, tasks: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Some tasks as indices (n,) and as a mask (T,), on the device."""
+        key = tuple(tasks)
+        if key not in self._sets:
+            assert self._weights is not None
+            index = torch.empty(len(key), dtype=torch.int64, device=self._device)
+            mask = torch.empty(len(self._weights), dtype=torch.bool, device=self._device)
+            upload(index, key)
+            upload(mask, [i in key for i in range(len(self._weights))])
+            if len(self._sets) >= MAX_SETS:
+                self._sets.clear()
+            self._sets[key] = index, mask
+        return self._sets[key]
 
     def _joint_weights(self) -> Tensor:
         """The weights with 0 for tasks that do not take part, on the parameters' device."""
         assert self.gradients is not None
-        assert self.weights is not None
-        active = torch.tensor(self.gradients.touched)
-        return self._applied.copy_(torch.where(active, self.weights, 0.0))
+        assert self._weights is not None
+        touched = self.gradients.touched
+        if not self.capturable:
+            active = torch.tensor(touched)
+            return self._applied.copy_(torch.where(active, self._weights, 0.0))
+        if all(touched):
+            return self._weights
+        _, mask = self._set_of([i for i, on in enumerate(touched) if on])
+        return torch.where(mask, self._weights, 0.0)
 
     def _balance(self) -> None:
         """New weights for the tasks that took part, or the old ones where there are none."""
         assert self.gradients is not None
-        assert self.weights is not None
+        assert self._weights is not None
         active = [i for i, on in enumerate(self.gradients.touched) if on]
-        gram = sum(b.gram(len(self.weights)) for b in self._buffers)
+        gram = sum(b.gram(len(self._weights)) for b in self._buffers)
         assert isinstance(gram, Tensor)
-        self.gram = gram.cpu()[active][:, active]
+        if self._solver is not None:
+            self._balance_there(gram, active)
+            return
+        self._gram = gram.cpu()[active][:, active]
         try:
-            weights = self._weigh(self.gram, active)
+            weights = self._weigh(self._gram, active)
         except SolverError as error:
             if self._settings["on_failure"] == "raise":
                 raise
-            self.stats["held"] += 1
+            self._counted["held"] += 1
             # No numbers in the text: Python shows a warning of one text once.
             warn(f"no new task weights ({error.status}), the last ones stay (stats['held'])")
             return
         self._found = True
         bound = self._settings["max_weight"]
         if bound is not None and bool((weights > bound).any()):
-            self.stats["capped"] += 1
+            self._counted["capped"] += 1
             weights = weights.clamp(max=bound)
-        self.weights = self.weights.index_put((torch.tensor(active),), weights)
+        self._weights = self._weights.index_put((torch.tensor(active),), weights)
+
+    def _balance_there(self, gram: Tensor, active: list[int]) -> None:
+        """`_balance` where the Gram matrix lies: decisions are tensors, and nothing is read."""
+        assert self._weights is not None
+        assert self._solver is not None
+        everyone = len(active) == len(gram)
+        if not everyone:
+            index, _ = self._set_of(active)
+            gram = gram.index_select(0, index).index_select(1, index)
+        self._gram = gram
+        raw = self._raw[: len(gram)]
+        self._solver(gram, raw, self._info, None if everyone else active)
+        weights = raw * self._factor(raw, gram)
+        finite = self._clock.found[0] == 0
+        ok = finite & (self._info[0] == STATUSES.index("solved")) & weights.isfinite().all()
+        capped = torch.zeros_like(ok)
+        if self._settings["max_weight"] is not None:
+            bound = self._settings["max_weight"]
+            capped = (weights > bound).any()
+            weights = weights.clamp(max=bound)
+        if not everyone:
+            weights = self._weights.index_copy(0, index, weights)
+        self._weights.copy_(torch.where(ok, weights, self._weights))
+        self._outcomes.add_(torch.stack((ok, finite & ~ok, ok & capped)))
+
+    def _factor(self, weights: Tensor, gram: Tensor) -> Tensor | float:
+        """What brings weights to their scale; not finite where nothing does."""
+        scale = self._settings["scale"]
+        if scale == "none":
+            return 1.0
+        if scale == "sum":
+            return len(weights) / weights.sum()
+        length = (weights @ gram @ weights).clamp(min=0.0).sqrt()
+        if scale == "mean_norm":
+            return gram.diagonal().sqrt().mean() / length
+        return math.sqrt(self._numel) / length
 
     def _weigh(self, gram: Tensor, active: list[int]) -> Tensor:
         """weighting(gram), of the chosen scale.
@@ -387,37 +597,24 @@ class UpdateBalancer(torch.optim.Optimizer):
             raise ValueError(
                 f"weighting must return weights of shape ({len(gram)},), got {tuple(weights.shape)}"
             )
-        scale = self._settings["scale"]
-        length = math.sqrt(max(float(weights @ gram @ weights), 0.0))
-        if scale == "sum":
-            factor = len(weights) / float(weights.sum()) if weights.sum() > 0 else math.inf
-        elif scale == "none":
-            factor = 1.0
-        elif length > 0:
-            mean = float(gram.diagonal().sqrt().mean())
-            factor = (mean if scale == "mean_norm" else math.sqrt(self._numel)) / length
-        else:
-            factor = math.inf
-        weights = weights * factor
+        weights = weights * self._factor(weights, gram)
         if not bool(weights.isfinite().all()):
             raise SolverError("the weights or their scale are not finite", "not_finite")
         return weights
 
     def _count(self, searched: bool) -> None:
         assert self.gradients is not None
-        active = self.gradients.touched
+        present, touched = self.gradients.present, self.gradients.touched
         self._steps += 1
-        self._task_steps = [n + on for n, on in zip(self._task_steps, active, strict=True)]
-        filled = self.gradients.filled
-        self._head_steps = [n + on for n, on in zip(self._head_steps, filled, strict=True)]
-        self.stats["steps"] += 1
-        self.stats["searches"] += searched
-        self.stats["absent"] += self.gradients.present.count(False)
-        self.stats["untouched"] += self.gradients.present.count(True) - active.count(True)
+        if not self.capturable:
+            self._counted["steps"] += 1
+        self._counted["searches"] += searched
+        self._counted["absent"] += present.count(False)
+        self._counted["untouched"] += present.count(True) - touched.count(True)
 
     def _refuse(self, what: str) -> None:
         """Skip this step, parameters and state untouched, or raise."""
-        self.stats["skipped"] += 1
+        self._counted["skipped"] += 1
         if self._settings["on_nonfinite"] == "raise":
             raise NonFiniteError(f"{what}; the step was not made")
         warn(f"step skipped: {what} (stats['skipped'])")
@@ -446,16 +643,15 @@ class UpdateBalancer(torch.optim.Optimizer):
         return {
             **super().state_dict(),
             "fastmto": {
-                "version": 1,
+                "version": 2,
                 "steps": self._steps,
-                "found": self._found,
+                "found": self._has_found() if gradients is not None else False,
                 "names": self._names,
-                "weights": None if self.weights is None else self.weights.clone(),
+                "weights": self.weights,
                 "gram": self.gram,
-                "stats": dict(self.stats),
+                "stats": self.stats,
                 "weighting": weighting.state_dict() if isinstance(weighting, Weighting) else None,
-                "task_steps": None if gradients is None else list(self._task_steps),
-                "head_steps": None if gradients is None else list(self._head_steps),
+                "counts": None if gradients is None else self._clock.counts.tolist(),
                 "owners": None if gradients is None else list(gradients.owners),
                 "inspected": None if gradients is None else list(gradients.inspected),
                 "reaches": None if gradients is None else list(gradients.reaches),
@@ -494,7 +690,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         if n_tasks is None:  # from before the first step
             self._build(None, names)
             return
-        self._pending = None
+        self._pending = self._scaler = None
         gradients = self.gradients or self._set_tasks(n_tasks)
         gradients.clear()
         gradients.owners = list(saved["owners"])
@@ -507,13 +703,15 @@ class UpdateBalancer(torch.optim.Optimizer):
                 self.state[p][name].copy_(value)
         self._steps = saved["steps"]
         self._found = saved["found"]
-        self._task_steps = list(saved["task_steps"])
-        self._head_steps = list(saved["head_steps"])
+        upload(self._clock.counts, saved["counts"])
         self._names = names
-        # A map_location moves every tensor of a file; these live on the CPU.
-        self.weights = saved["weights"].to("cpu", copy=True)
-        self.gram = None if saved["gram"] is None else saved["gram"].to("cpu", copy=True)
-        self.stats = dict(saved["stats"])
+        assert self._weights is not None
+        # A map_location moves every tensor of a file.
+        self._weights.copy_(saved["weights"])
+        self._gram = None if saved["gram"] is None else saved["gram"].to("cpu", copy=True)
+        self._counted = dict(saved["stats"])
+        self._clock.tally.zero_()
+        self._outcomes.zero_()
         self._settings["weighting"] = weighting
 
     def _match_state(
@@ -591,129 +789,16 @@ class UpdateBalancer(torch.optim.Optimizer):
         )
 
 
-class Buffer:
-    """A flat buffer of parameters with everything the passes over it touch.
+class _Carrier:
+    """Gradients in the shape in which a GradScaler looks for them: an optimizer's parameters."""
 
-    Args:
-        number: of the param group.
-        flat: the parameters.
-        grads: (T, P); T = 1 for a head.
-        rule: says which moments there are.
-        adatask: every row keeps its own moments.
-    """
-
-    def __init__(
-        self,
-        number: int,
-        flat: FlatParameters,
-        grads: Tensor,
-        rule: Rule,
-        *,
-        adatask: bool = False,
-    ) -> None:
-        self.number = number
-        self.flat = flat
-        self.grads = grads
-        self.state_names = rule.state_names
-        n_tasks = len(grads)
-        self._adatask = adatask
-        self._moments = {
-            name: flat.rows(n_tasks if adatask else 1, state_dtype(flat.dtype), rule.initial(name))
-            for name in rule.state_names
-        }
-        #: The moments as the ops take them: (P,), or (T, P) with adatask.
-        self.state = tuple(m if adatask else m[0] for m in self._moments.values())
-        self._gram = torch.zeros(n_tasks * n_tasks, dtype=torch.float64, device=flat.device)
-        self.sigma = torch.ones(
-            n_tasks, len(flat.parameters), dtype=torch.float64, device=flat.device
-        )
-
-    def gram(self, rows: int) -> Tensor:
-        """Room for the Gram of the first `rows` rows."""
-        return self._gram[: rows * rows].view(rows, rows)
-
-    def state_views(self) -> list[dict[str, Tensor]]:
-        """The moments of every parameter, shaped like it (with a leading T for adatask)."""
-        views = {
-            name: self.flat.stacked_views(m) if self._adatask else self.flat.views(m[0])
-            for name, m in self._moments.items()
-        }
-        return [dict(zip(views, each, strict=True)) for each in zip(*views.values(), strict=True)]
-
-
-@dataclass
-class Pass:
-    """The passes of one step over one buffer: its first `rows` rows of gradients."""
-
-    backend: ops.Backend
-    buffer: Buffer
-    rule: Rule
-    step: ops.Steps
-    rows: int
-    lr: float
-    weight_decay: float
-    clippy: Clippy | None
-    searched: bool = False
-
-    def search(self) -> None:
-        """The Gram of the updates into the buffer's, and Clippy's factors."""
-        buffer = self.buffer
-        self.backend.search(
-            self.rule,
-            self.step,
-            buffer.grads[: self.rows],
-            buffer.state,
-            buffer.gram(self.rows),
-            clippy=self.clippy,
-            params=buffer.flat.data,
-            lr=self.lr,
-            segments=buffer.flat.segments,
-            sigma=buffer.sigma[: self.rows],
-        )
-        self.searched = True
-
-    def finite(self) -> bool:
-        """Whether gradients and updates are finite; after a search the Gram's diagonal tells."""
-        if self.searched:
-            return bool(self.buffer.gram(self.rows).diagonal().isfinite().all())
-        return self.backend.all_finite(self.buffer.grads[: self.rows])
-
-    def apply(self, weights: Tensor) -> None:
-        """Move the parameters, then the moments."""
-        buffer = self.buffer
-        self.backend.apply(
-            self.rule,
-            self.step,
-            buffer.grads[: self.rows],
-            buffer.state,
-            buffer.flat.data,
-            weights,
-            self.lr,
-            self.weight_decay,
-            segments=buffer.flat.segments,
-            sigma=None if self.clippy is None else buffer.sigma[: self.rows],
-        )
-        # The kernels write behind autograd's back: an older graph must not be used any more.
-        torch.autograd.graph.increment_version(buffer.flat.parameters)
-
-    def delayed(self, weights: Tensor) -> None:
-        """`apply` and `search` in one pass."""
-        buffer = self.buffer
-        self.backend.delayed(
-            self.rule,
-            self.step,
-            buffer.grads[: self.rows],
-            buffer.state,
-            buffer.flat.data,
-            weights,
-            buffer.gram(self.rows),
-            self.lr,
-            self.weight_decay,
-            clippy=self.clippy,
-            segments=buffer.flat.segments,
-            sigma=None if self.clippy is None else buffer.sigma[: self.rows],
-        )
-        torch.autograd.graph.increment_version(buffer.flat.parameters)
+    def __init__(self, grads: Sequence[Tensor]) -> None:
+        params = []
+        for grad in grads:
+            param = grad.new_zeros(1).expand_as(grad)
+            param.grad = grad
+            params.append(param)
+        self.param_groups = [{"params": params}]
 
 
 def _buffers(members: Sequence[Parameter], *, apart: bool) -> list[list[Parameter]]:

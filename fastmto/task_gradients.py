@@ -236,34 +236,33 @@ class TaskGradients:
         """
         present = [(i, loss) for i, loss in enumerate(losses) if loss is not None]
         self._seed = seed
+        shares: Sequence[float | Tensor]
         if isinstance(weights, Tensor):
             small = [False] * len(losses)
-            weights = weights.clamp(min=self._floor).unbind()
+            shares = weights.clamp(min=self._floor).unbind()
         else:
             small = [abs(a) < self._floor for a in weights]
+            shares = weights
         apart = [i for i, _ in present if self._unsettled or small[i] or not self.inspected[i]]
         joint = {i: loss for i, loss in present if i not in apart}
         add = not self._empty
         if joint:
             heads = [h for h, owner in enumerate(self.owners) if owner in joint]
-            shares = [weights[i] for i in joint]
             grads, head_grads = self._backward(
-                list(joint.values()), shares, heads, retain=bool(apart)
+                list(joint.values()), [shares[i] for i in joint], heads, retain=bool(apart)
             )
             self._take(list(joint), grads, row=row, add=add)
             for h, own in head_grads.items():
                 owner = self.owners[h]
                 assert owner is not None
-                self._take_head(h, own, 1 / weights[owner])
+                self._take_head(h, own, 1 / shares[owner])
         elif not add:
             _write(self._views[row], [None] * len(self._shared), add=False)
         fresh: list[tuple[int, HeadGrads]] = []
         for i, loss in present:
             if i in apart:
                 retain = i != apart[-1]
-                fresh += self._one_task(
-                    i, loss, row=row, add=True, retain=retain, weight=weights[i]
-                )
+                fresh += self._one_task(i, loss, row=row, add=True, retain=retain, weight=shares[i])
         self._settle_owners(fresh)
         self._empty = False
 
@@ -530,9 +529,9 @@ def _write(
             view.zero_()
     if not targets or (isinstance(weight, float) and weight == 0.0):
         return
-    if add and isinstance(weight, Tensor):
-        torch._foreach_add_(targets, torch._foreach_mul(sources, weight))
-    elif add:
-        torch._foreach_add_(targets, sources, alpha=weight)
-    else:
+    if not add:
         torch._foreach_copy_(targets, sources)
+    elif isinstance(weight, Tensor):
+        torch._foreach_add_(targets, torch._foreach_mul(sources, weight))
+    else:
+        torch._foreach_add_(targets, sources, alpha=weight)

@@ -89,7 +89,7 @@ _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 #: Most tasks that `bargaining` and `mgda` take.
 MAX_SOLVED_TASKS = 64
 
-_library = torch.library.Library("fastmto", "DEF")
+_library: Any = torch.library.Library("fastmto", "DEF")  # type: ignore[no-untyped-call]
 
 
 @functools.cache
