@@ -1,7 +1,7 @@
 """CPU kernels; arguments are raw addresses that `fastmto.ops.cpu` has checked.
 
 The contract is csrc/kernels/kernels.h. `dtype`: 0 float32, 1 float64, 2 bfloat16, 3 float16.
-`coefficients`: six packed doubles a task with moments of its own, else six. Strides in elements.
+Strides in elements. `skip` and `sigma` may be 0, for None.
 `draw`: 0 none, 1 gaussian, 2 Rademacher. `isa`: 0 the best here, 1 baseline, 2 x86-64-v3,
 3 x86-64-v4.
 """
@@ -14,7 +14,7 @@ def search(
     numel: int,
     grads: int,
     grads_stride: int,
-    coefficients: bytes,
+    numbers: int,
     state_0: int,
     stride_0: int,
     state_1: int,
@@ -34,7 +34,7 @@ def search_clipped(
     numel: int,
     grads: int,
     grads_stride: int,
-    coefficients: bytes,
+    numbers: int,
     state_0: int,
     stride_0: int,
     state_1: int,
@@ -46,7 +46,6 @@ def search_clipped(
     gram: int,
     lambda_rel: float,
     lambda_abs: float,
-    lr: float,
     params: int,
     segments: int,
     n_segments: int,
@@ -61,7 +60,7 @@ def apply(
     numel: int,
     grads: int,
     grads_stride: int,
-    coefficients: bytes,
+    numbers: int,
     state_0: int,
     stride_0: int,
     state_1: int,
@@ -72,8 +71,7 @@ def apply(
     isa: int,
     params: int,
     weights: int,
-    lr: float,
-    weight_decay: float,
+    skip: int,
     segments: int,
     n_segments: int,
     sigma: int,
@@ -87,7 +85,7 @@ def delayed(
     numel: int,
     grads: int,
     grads_stride: int,
-    coefficients: bytes,
+    numbers: int,
     state_0: int,
     stride_0: int,
     state_1: int,
@@ -98,8 +96,7 @@ def delayed(
     isa: int,
     params: int,
     weights: int,
-    lr: float,
-    weight_decay: float,
+    skip: int,
     gram: int,
     /,
 ) -> None: ...
@@ -143,7 +140,17 @@ def perturb(
     isa: int,
     /,
 ) -> None: ...
-def all_finite(
-    dtype: int, rows: int, numel: int, values: int, stride: int, threads: int, isa: int, /
-) -> bool: ...
+def check(
+    dtype: int,
+    tasks: int,
+    numel: int,
+    grads: int,
+    grads_stride: int,
+    threads: int,
+    isa: int,
+    found: int,
+    /,
+) -> None: ...
+def clock(rows: int, hyper: int, counts: int, active: int, numbers: int, found: int, /) -> None: ...
+def advance(rows: int, counts: int, active: int, found: int, tally: int, /) -> None: ...
 def supported(isa: int, /) -> bool: ...

@@ -40,12 +40,6 @@ class Arguments {
     PyObject* value = next();
     return value == nullptr ? nullptr : static_cast<D*>(PyLong_AsVoidPtr(value));
   }
-  template <class D>
-  const D* packed() {
-    PyObject* value = next();
-    if (value == nullptr) return nullptr;
-    return reinterpret_cast<const D*>(PyBytes_AsString(value));
-  }
 
   bool complete() const {
     if (PyErr_Occurred() != nullptr) return false;
@@ -75,7 +69,7 @@ Update update_of(Arguments& from) {
   update.numel = from.integer();
   update.grads.data = from.address<void>();
   update.grads.stride = from.integer();
-  update.coefficients = from.packed<Coefficients>();
+  update.numbers = from.address<const Numbers>();
   for (Matrix& moments : update.state) {
     moments.data = from.address<void>();
     moments.stride = from.integer();
@@ -115,7 +109,6 @@ PyObject* py_search_clipped(PyObject*, PyObject* const* values, Py_ssize_t count
   Clip clip;
   clip.lambda_rel = from.real();
   clip.lambda_abs = from.real();
-  clip.lr = from.real();
   clip.params = from.address<const void>();
   clip.segments = from.address<const std::int64_t>();
   clip.n_segments = from.small();
@@ -130,8 +123,7 @@ PyObject* py_apply(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Step step;
   step.params = from.address<void>();
   step.weights = from.address<const double>();
-  step.lr = from.real();
-  step.weight_decay = from.real();
+  step.skip = from.address<const std::int32_t>();
   step.segments = from.address<const std::int64_t>();
   step.n_segments = from.small();
   step.sigma = from.address<const double>();
@@ -145,8 +137,7 @@ PyObject* py_delayed(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Step step{};
   step.params = from.address<void>();
   step.weights = from.address<const double>();
-  step.lr = from.real();
-  step.weight_decay = from.real();
+  step.skip = from.address<const std::int32_t>();
   double* gram = from.address<double>();
   if (!from.complete()) return nullptr;
   return answer(update.numel * update.tasks, [&] { delayed(update, step, gram); });
@@ -205,7 +196,7 @@ PyObject* py_perturb(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return answer(what.numel * what.rows, [&] { perturb(what); });
 }
 
-PyObject* py_all_finite(PyObject*, PyObject* const* values, Py_ssize_t count) {
+PyObject* py_check(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments from(values, count);
   const auto dtype = static_cast<DType>(from.small());
   const std::int64_t rows = from.integer();
@@ -215,14 +206,34 @@ PyObject* py_all_finite(PyObject*, PyObject* const* values, Py_ssize_t count) {
   matrix.stride = from.integer();
   const int threads = from.small();
   const auto isa = static_cast<Isa>(from.small());
+  auto* found = from.address<std::int32_t>();
   if (!from.complete()) return nullptr;
-  bool finite = false;
-  PyObject* none = answer(rows * numel, [&] {
-    finite = all_finite(dtype, rows, numel, matrix, threads, isa);
+  return answer(rows * numel, [&] {
+    if (!all_finite(dtype, rows, numel, matrix, threads, isa)) *found = 1;
   });
-  if (none == nullptr) return nullptr;
-  Py_DECREF(none);
-  return PyBool_FromLong(finite);
+}
+
+PyObject* py_clock(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments from(values, count);
+  const int rows = from.small();
+  const auto* hyper = from.address<const Hyper>();
+  const auto* counts = from.address<const std::int64_t>();
+  const auto* active = from.address<const std::int32_t>();
+  auto* numbers = from.address<Numbers>();
+  auto* found = from.address<std::int32_t>();
+  if (!from.complete()) return nullptr;
+  return answer(rows, [&] { clock(rows, hyper, counts, active, numbers, found); });
+}
+
+PyObject* py_advance(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments from(values, count);
+  const int rows = from.small();
+  auto* counts = from.address<std::int64_t>();
+  const auto* active = from.address<const std::int32_t>();
+  const auto* found = from.address<const std::int32_t>();
+  auto* tally = from.address<std::int64_t>();
+  if (!from.complete()) return nullptr;
+  return answer(rows, [&] { advance(rows, counts, active, found, tally); });
 }
 
 PyObject* py_supported(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -243,7 +254,8 @@ PyMethodDef methods[] = {
     method<py_search>("search"),         method<py_search_clipped>("search_clipped"),
     method<py_apply>("apply"),           method<py_delayed>("delayed"),
     method<py_gram>("gram"),             method<py_combine>("combine"),
-    method<py_perturb>("perturb"),       method<py_all_finite>("all_finite"),
+    method<py_perturb>("perturb"),       method<py_check>("check"),
+    method<py_clock>("clock"),           method<py_advance>("advance"),
     method<py_supported>("supported"),   {nullptr, nullptr, 0, nullptr},
 };
 

@@ -14,14 +14,14 @@ struct Rows {
   const void* const* grads;          // tasks
   void* const* state;                // state k of task t at [k * owners + t]
   int owners;                        // tasks with moments of their own: tasks, or 1
-  const Coefficients* coefficients;  // owners
+  const Numbers* numbers;            // owners
 };
 
 // Factors of one step. S arrays, one entry a task of Rows.
 struct Factors {
   const void* update;  // lr weights_i sigma_i; 0 leaves the task out
   const void* grad;    // weights_i, for shared moments
-  double decay;        // lr weight_decay
+  double decay;        // 1 - keep, the part that weight decay takes
 };
 
 struct Blocks {
@@ -29,7 +29,7 @@ struct Blocks {
   // to the next multiple of 32. S.
   void (*updates[kKinds][kDTypes])(const Rows& rows, std::int64_t begin, int n, void* u);
 
-  // The same with the gradients for updates; coefficients and state are not looked at.
+  // The same with the gradients for updates; numbers and state are not looked at.
   void (*gradients[kDTypes])(const Rows& rows, std::int64_t begin, int n, void* u);
 
   // largest[t * 16 + lane] = max with |u| / (lambda_rel |params| + lambda_abs). S.

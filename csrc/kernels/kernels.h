@@ -24,9 +24,14 @@ constexpr int kDrawn = 2048;   // coordinates whose random direction is held the
 // multiply-adds and estimates of 1/x and 1/sqrt(x) refined by one Newton step.
 enum class Isa : int { best = 0, baseline = 1, v3 = 2, v4 = 3 };
 
-// A rule at one step (rules.py); all six 0 for a task that takes no part.
-struct Coefficients {
-  double b1, b2, c1, c2, eps, mu;
+// A row of numbers (rules.py): a rule at one step. All 0 for a task that takes no part.
+struct Numbers {
+  double b1, d1, b2, d2, c1, c2, eps, mu, lr, keep, active;
+};
+
+// What numbers are made of where only a tensor holds the step (rules.py).
+struct Hyper {
+  double b1, b2, eps, mu, corrected, lr, weight_decay;
 };
 
 struct Matrix {
@@ -36,21 +41,21 @@ struct Matrix {
 
 // What every pass over updates reads.
 struct Update {
-  int kind;                          // 0 adam 1 adagrad 2 rmsprop 3 +momentum 4 centered 5 both
-  DType dtype;                       // of grads and params
-  bool per_task;                     // state (T, P) instead of (P,)
-  int tasks;                         // T
-  std::int64_t numel;                // P
-  Matrix grads;                      // (T, P), read only
-  const Coefficients* coefficients;  // T where per_task, else 1
-  Matrix state[kMaxStates];          // S; stride unused unless per_task
+  int kind;                  // 0 adam 1 adagrad 2 rmsprop 3 +momentum 4 centered 5 both
+  DType dtype;               // of grads and params
+  bool per_task;             // state (T, P) instead of (P,)
+  int tasks;                 // T
+  std::int64_t numel;        // P
+  Matrix grads;              // (T, P), read only
+  const Numbers* numbers;    // T where per_task, else 1
+  Matrix state[kMaxStates];  // S; stride unused unless per_task
   int threads;
   Isa isa;
 };
 
 // Clippy on the segments of P.
 struct Clip {
-  double lambda_rel, lambda_abs, lr;
+  double lambda_rel, lambda_abs;
   const void* params;            // (P), dtype of grads
   const std::int64_t* segments;  // (n_segments + 1)
   int n_segments;
@@ -61,10 +66,10 @@ struct Clip {
 struct Step {
   void* params;           // (P), dtype of grads, updated
   const double* weights;  // (T)
-  double lr, weight_decay;
   const std::int64_t* segments;  // (n_segments + 1), or null when sigma is
   int n_segments;
-  const double* sigma;  // (T, n_segments), or null
+  const double* sigma;       // (T, n_segments), or null
+  const std::int32_t* skip;  // (1) not 0: nothing is written; or null
 };
 
 // gram (T, T) written whole. clip may be null.
@@ -75,7 +80,7 @@ void apply(const Update& update, const Step& step);
 
 // search, then apply with step.weights, in one pass; step.sigma is null. (With Clippy a tensor's
 // sigma is known only at its end: that is two passes, search and apply.) The results have the bits
-// of search and apply called one after the other.
+// of search and apply called one after the other. gram is written under step.skip too.
 void delayed(const Update& update, const Step& step, double* gram);
 
 // gram (T, T) written whole: inner products of the gradients themselves.
@@ -111,6 +116,15 @@ void perturb(const Perturbation& what);
 // so that all have squares in the compute type.
 bool all_finite(DType dtype, std::int64_t rows, std::int64_t numel, Matrix values, int threads,
                 Isa isa);
+
+// numbers (rows) of hyper at step counts + 1 where active, else 0; found (1) is set to 0. The bits
+// are those of fastmto.rules.Rule.numbers.
+void clock(int rows, const Hyper* hyper, const std::int64_t* counts, const std::int32_t* active,
+           Numbers* numbers, std::int32_t* found);
+
+// Where found (1) is 0, counts of the active rows and tally[0] grow by 1, else tally[1].
+void advance(int rows, std::int64_t* counts, const std::int32_t* active, const std::int32_t* found,
+             std::int64_t* tally);
 
 // Whether this machine and this build have `isa`.
 bool supported(Isa isa);

@@ -82,7 +82,7 @@ FASTMTO_INLINE void updates_of(const Rows& rows, int first, int last, int owner,
   using S = Compute<D>;
   using Rule = typename RuleOf<kind, S>::type;
   using V = Pack<S>;
-  const Rule rule(rows.coefficients[owner]);
+  const Rule rule(rows.numbers[owner]);
   vectors<V::lanes>(n, [&](std::int64_t j, int count, auto whole) __attribute__((always_inline)) {
     V s[Rule::states];
     old_moments<Rule::states, whole>(rows, owner, begin + j, count, s);
@@ -251,7 +251,7 @@ FASTMTO_INLINE void apply_shared(const Rows& rows, const Factors& factors, void*
   using S = Compute<D>;
   using Rule = typename RuleOf<kind, S>::type;
   using V = Pack<S>;
-  const Rule rule(rows.coefficients[0]);
+  const Rule rule(rows.numbers[0]);
   const S* weight_u = static_cast<const S*>(factors.update);
   const S* weight_g = static_cast<const S*>(factors.grad);
   const S* held = static_cast<const S*>(u);
@@ -301,7 +301,7 @@ FASTMTO_INLINE void apply_per_task(const Rows& rows, const Factors& factors, voi
       store(moves + j, decay * take<whole>(static_cast<const D*>(theta + j), count));
     });
     for (int t = 0; t < rows.tasks; ++t) {
-      const Rule rule(rows.coefficients[t]);
+      const Rule rule(rows.numbers[t]);
       const V a = broadcast(weight[t]);
       const bool counts = weight[t] != 0;
       vectors<V::lanes>(

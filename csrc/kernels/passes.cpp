@@ -2,6 +2,7 @@
 // in the order of the items.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -58,8 +59,8 @@ const Blocks& blocks_for(const Update& update) {
   if (update.isa == Isa::best && update.dtype != DType::f64) {
     const int owners = update.per_task ? update.tasks : 1;
     for (int i = 0; i < owners; ++i) {
-      const Coefficients& c = update.coefficients[i];
-      if (c.eps > 0 && c.eps < 2e-12 * std::max(1.0, c.c2)) {
+      const Numbers& c = update.numbers[i];
+      if (c.active != 0 && c.eps < 2e-12 * std::max(1.0, c.c2)) {
         return blocks_of(supported(Isa::v3) ? Isa::v3 : Isa::baseline);
       }
     }
@@ -130,7 +131,7 @@ struct Tasks {
   std::vector<int> index;  // in the caller's numbering
   std::vector<const void*> grads;
   std::vector<void*> state;
-  std::vector<Coefficients> coefficients;
+  std::vector<Numbers> numbers;
   Rows rows;
 
   // Refills the vectors, whose memory is kept from call to call.
@@ -139,15 +140,15 @@ struct Tasks {
     index.clear();
     grads.clear();
     state.clear();
-    coefficients.clear();
+    numbers.clear();
     const int size = size_of(update.dtype);
     for (int i = 0; i < update.tasks; ++i) {
-      if ((update.per_task && update.coefficients[i].eps == 0) || !keep(i)) continue;
+      if (update.numbers[update.per_task ? i : 0].active == 0 || !keep(i)) continue;
       index.push_back(i);
       grads.push_back(static_cast<const char*>(update.grads.data) + i * update.grads.stride * size);
-      if (update.per_task) coefficients.push_back(update.coefficients[i]);
+      if (update.per_task) numbers.push_back(update.numbers[i]);
     }
-    if (!update.per_task) coefficients.push_back(update.coefficients[0]);
+    if (!update.per_task) numbers.push_back(update.numbers[0]);
     const int width = compute_size(update.dtype);
     for (const Matrix& moments : update.state) {
       char* data = static_cast<char*>(moments.data);
@@ -160,7 +161,7 @@ struct Tasks {
       }
     }
     rows = Rows{static_cast<int>(index.size()), grads.data(), state.data(),
-                update.per_task ? static_cast<int>(index.size()) : 1, coefficients.data()};
+                update.per_task ? static_cast<int>(index.size()) : 1, numbers.data()};
   }
 };
 
@@ -202,6 +203,15 @@ std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 thread_local Arena search_arena, apply_arena;
 thread_local Tasks search_tasks, apply_tasks;
 thread_local std::vector<Item> search_items, apply_items;
+
+// The first active row of numbers, whose rates are those of the step; null where no task takes part.
+const Numbers* first_active(const Update& update) {
+  const int owners = update.per_task ? update.tasks : 1;
+  for (int i = 0; i < owners; ++i) {
+    if (update.numbers[i].active != 0) return update.numbers + i;
+  }
+  return nullptr;
+}
 
 double clippy_factor(double lr, double largest) {
   const double ratio = lr * largest;
@@ -254,6 +264,8 @@ void gather(const Update& update, const Clip* clip, const Blocks& blocks, const 
   const auto dtype = static_cast<int>(update.dtype);
   const bool wide = update.dtype == DType::f64;
   const std::int64_t whole[2] = {0, update.numel};
+  const Numbers* const rates = first_active(update);
+  const double lr = rates == nullptr ? 0 : rates->lr;
   if (clip != nullptr) {
     cut(clip->segments, clip->n_segments, items);
     std::fill(clip->sigma, clip->sigma + std::int64_t(update.tasks) * clip->n_segments, 1.0);
@@ -304,7 +316,7 @@ void gather(const Update& update, const Clip* clip, const Blocks& blocks, const 
   // total += sigma_i sigma_j sums_ij with the sigma of tensor s, which is written down.
   const auto add_clipped = [&](double* sums, int s, double* total) {
     for (int t = 0; t < T; ++t) {
-      sums[pairs + t] = clippy_factor(clip->lr, sums[pairs + t]);
+      sums[pairs + t] = clippy_factor(lr, sums[pairs + t]);
       clip->sigma[std::int64_t(tasks.index[t]) * clip->n_segments + s] = sums[pairs + t];
     }
     for (int i = 0, pair = 0; i < T; ++i) {
@@ -371,11 +383,11 @@ struct Move {
 };
 
 template <class S>
-void fill_factors(const Step& step, const std::vector<int>& index, int sets, void* out) {
+void fill_factors(const Step& step, double lr, const std::vector<int>& index, int sets, void* out) {
   S* factor = static_cast<S*>(out);
   for (int s = 0; s < sets; ++s) {
     for (const int i : index) {
-      double a = step.lr * step.weights[i];
+      double a = lr * step.weights[i];
       if (step.sigma != nullptr) a *= step.sigma[std::int64_t(i) * step.n_segments + s];
       *factor++ = S(a);
     }
@@ -383,33 +395,36 @@ void fill_factors(const Step& step, const std::vector<int>& index, int sets, voi
   for (const int i : index) *factor++ = S(step.weights[i]);
 }
 
+bool skipped(const Step& step) { return step.skip != nullptr && *step.skip != 0; }
+
 // For passes over the gradients as they are.
 Update without_rule(DType dtype, int tasks, std::int64_t numel, Matrix grads, int threads,
                     Isa isa) {
-  static constexpr Coefficients none{};
+  static constexpr Numbers present{0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1};
   Update update{};
   update.dtype = dtype;
   update.tasks = tasks;
   update.numel = numel;
   update.grads = grads;
-  update.coefficients = &none;
+  update.numbers = &present;
   update.threads = threads;
   update.isa = isa;
   return update;
 }
 
-Move plan(const Update& update, const Step& step) {
+// `rates`: the first active row.
+Move plan(const Update& update, const Step& step, const Numbers& rates) {
   Tasks& tasks = apply_tasks;
   tasks.fill(update, [&](int i) { return update.per_task || step.weights[i] != 0; });
   const int sets = step.sigma != nullptr ? step.n_segments : 1;
   const int size = compute_size(update.dtype);
   char* factors = apply_arena.take(std::size_t(size) * tasks.rows.tasks * (sets + 1));
   if (size == 8) {
-    fill_factors<double>(step, tasks.index, sets, factors);
+    fill_factors<double>(step, rates.lr, tasks.index, sets, factors);
   } else {
-    fill_factors<float>(step, tasks.index, sets, factors);
+    fill_factors<float>(step, rates.lr, tasks.index, sets, factors);
   }
-  return {tasks.rows, factors, size, sets, step.lr * step.weight_decay, !update.per_task};
+  return {tasks.rows, factors, size, sets, 1 - rates.keep, !update.per_task};
 }
 
 }  // namespace
@@ -442,7 +457,9 @@ void search(const Update& update, const Clip* clip, double* gram) {
 }
 
 void apply(const Update& update, const Step& step) {
-  const Move move = plan(update, step);
+  const Numbers* const rates = first_active(update);
+  if (rates == nullptr || skipped(step)) return;
+  const Move move = plan(update, step, *rates);
   const auto function = blocks_for(update).apply[update.kind][static_cast<int>(update.dtype)];
   std::vector<Item>& items = apply_items;
   const std::int64_t whole[2] = {0, update.numel};
@@ -466,10 +483,12 @@ void apply(const Update& update, const Step& step) {
 }
 
 void delayed(const Update& update, const Step& step, double* gram) {
+  const Numbers* const rates = first_active(update);
+  if (rates == nullptr || skipped(step)) return search(update, nullptr, gram);
   const Blocks& blocks = blocks_for(update);
   const auto dtype = static_cast<int>(update.dtype);
   const Source updates{blocks.updates[update.kind][dtype], false};
-  const Move move = plan(update, step);
+  const Move move = plan(update, step, *rates);
   const Factors factors = move.of(0);
   if (update.per_task) {
     const auto function = blocks.apply[update.kind][dtype];
@@ -500,7 +519,7 @@ void combine(DType dtype, int tasks, std::int64_t numel, Matrix grads, const dou
   const Update update = without_rule(dtype, tasks, numel, grads, threads, isa);
   Step step{};
   step.weights = weights;
-  const Move move = plan(update, step);
+  const Move move = plan(update, step, *update.numbers);
   std::vector<Item>& items = apply_items;
   const std::int64_t whole[2] = {0, numel};
   cut(whole, 1, items);
@@ -574,6 +593,32 @@ bool all_finite(DType dtype, std::int64_t rows, std::int64_t numel, Matrix value
                 }
               });
   return finite.load();
+}
+
+void clock(int rows, const Hyper* hyper, const std::int64_t* counts, const std::int32_t* active,
+           Numbers* numbers, std::int32_t* found) {
+  for (int r = 0; r < rows; ++r) {
+    numbers[r] = Numbers{};
+    if (active[r] == 0) continue;
+    const Hyper& h = hyper[r];
+    const auto step = static_cast<double>(counts[r] + 1);
+    const bool corrected = h.corrected != 0;
+    const double c1 = corrected ? 1 / (1 - std::pow(h.b1, step)) : 0;
+    const double c2 = corrected ? std::pow(1 - std::pow(h.b2, step), -0.5) : 0;
+    const double keep = 1 - h.lr * h.weight_decay;
+    numbers[r] = {h.b1, 1 - h.b1, h.b2, 1 - h.b2, c1, c2, h.eps, h.mu, h.lr, keep, 1};
+  }
+  *found = 0;
+}
+
+void advance(int rows, std::int64_t* counts, const std::int32_t* active, const std::int32_t* found,
+             std::int64_t* tally) {
+  if (*found != 0) {
+    ++tally[1];
+    return;
+  }
+  for (int r = 0; r < rows; ++r) counts[r] += active[r] != 0;
+  ++tally[0];
 }
 
 }  // namespace fastmto

@@ -1,5 +1,5 @@
 // The update rules' element formulas, each once (fastmto/rules.py has them in words and says what
-// the coefficients are). Part of loops.h.
+// the numbers are). Part of loops.h.
 //
 // A rule holds broadcast constants. update(s, g): u of gradient g with the moments s held fixed.
 // advance(s, g): one step of s on g. States in the order of the rule's state_names. Where a quotient
@@ -12,13 +12,13 @@ struct AdamRule {
   V b1, b1c, b2, b2c, old_m, new_m, eps;
 
   // c1 m / (c2 sqrt(v) + eps) = (c1/c2) m / (sqrt(v) + eps/c2): all scales leave the loop.
-  explicit AdamRule(const Coefficients& c)
+  explicit AdamRule(const Numbers& c)
       : b1(broadcast(S(c.b1))),
-        b1c(broadcast(S(1 - c.b1))),
+        b1c(broadcast(S(c.d1))),
         b2(broadcast(S(c.b2))),
-        b2c(broadcast(S(1 - c.b2))),
+        b2c(broadcast(S(c.d2))),
         old_m(broadcast(S(2 * c.c1 / c.c2 * c.b1))),
-        new_m(broadcast(S(2 * c.c1 / c.c2 * (1 - c.b1)))),
+        new_m(broadcast(S(2 * c.c1 / c.c2 * c.d1))),
         eps(broadcast(S(2 * c.eps / c.c2))) {}
 
   FASTMTO_INLINE V update(const V* s, V g) const {
@@ -39,7 +39,7 @@ struct AdaGradRule {
   using V = Pack<S>;
   V eps;
 
-  explicit AdaGradRule(const Coefficients& c) : eps(broadcast(S(2 * c.eps))) {}
+  explicit AdaGradRule(const Numbers& c) : eps(broadcast(S(2 * c.eps))) {}
 
   FASTMTO_INLINE V update(const V* s, V g) const { 
     return over_root(g + g, mul_add(g, g, kept_from_zero(s[0])), eps);
@@ -54,9 +54,9 @@ struct RMSPropRule {
   using V = Pack<S>;
   V b2, b2c, eps, mu;
 
-  explicit RMSPropRule(const Coefficients& c)
+  explicit RMSPropRule(const Numbers& c)
       : b2(broadcast(S(c.b2))),
-        b2c(broadcast(S(1 - c.b2))),
+        b2c(broadcast(S(c.d2))),
         eps(broadcast(S(2 * c.eps))),
         mu(broadcast(S(c.mu))) {}
 

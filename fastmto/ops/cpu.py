@@ -6,24 +6,32 @@ best of this machine, 1 baseline, 2 x86-64-v3, 3 x86-64-v4) for tests and benche
 
 from __future__ import annotations
 
-import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .. import _kernels
-from ..rules import Clippy, Rule
-from . import Steps, perturbation
+from .. import _kernels, solvers
+from ..rules import AdaGrad, Adam, Hyper, Numbers, RMSProp, Rule
+from . import MAX_SOLVED_TASKS, perturbation
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_PACK = struct.Struct("6d").pack
-_ABSENT = bytes(6 * 8)
+_NUMBERS, _HYPER = len(Numbers._fields), len(Hyper._fields)
 
-#: The last rule, step and packed coefficients: single parameters come in long runs of the same.
-_packed: tuple[Rule | None, int, bytes] = (None, 0, b"")
+_RULES: tuple[Rule, ...] = (
+    Adam(),
+    AdaGrad(),
+    RMSProp(),
+    RMSProp(momentum=0.5),
+    RMSProp(centered=True),
+    RMSProp(momentum=0.5, centered=True),
+)
+#: Number of the element formula -> names of its state tensors.
+_STATES = {rule.kind: rule.state_names for rule in _RULES}
+_STATUSES = {name: float(number) for number, name in enumerate(solvers.STATUSES)}
 
 #: What the three passes over updates take first, in the order of `_kernels.search`.
-_Update = tuple[int, int, bool, int, int, int, int, bytes, int, int, int, int, int, int, int, int]
+_Update = tuple[int, int, bool, int, int, int, int, int, int, int, int, int, int, int, int, int]
 
 
 def _describe(tensor: Tensor) -> str:
@@ -89,18 +97,11 @@ def _check_segments(segments: Tensor, numel: int) -> int:
     return segments.numel() - 1
 
 
-def _pack(rule: Rule, step: int) -> bytes:
-    global _packed
-    last, at, packed = _packed
-    if last is not rule or at != step:
-        packed = _PACK(*rule.coefficients(step))
-        _packed = rule, step, packed
-    return packed
-
-
-def _update(rule: Rule, step: Steps, grads: Tensor, state: tuple[Tensor, ...], isa: int) -> _Update:
+def _update(kind: int, numbers: Tensor, grads: Tensor, state: list[Tensor], isa: int) -> _Update:
     dtype, tasks, numel, stride = _check_grads(grads)
-    names = rule.state_names
+    names = _STATES.get(kind)
+    if names is None:
+        raise ValueError(f"kind must be a rule's, from 0 to {max(_STATES)}, got {kind!r}")
     if len(state) != len(names):
         raise ValueError(
             f"state must hold {len(names)} tensors ({', '.join(names)}), got {len(state)}"
@@ -108,8 +109,8 @@ def _update(rule: Rule, step: Steps, grads: Tensor, state: tuple[Tensor, ...], i
     maths = torch.float64 if dtype == 1 else torch.float32
     addresses = [0, 0, 0, 0, 0, 0]
     per_task = state[0].dim() == 2
-    if per_task:
-        for k, tensor in enumerate(state):
+    for k, tensor in enumerate(state):
+        if per_task:
             if (
                 tensor.dtype is not maths
                 or tensor.shape != (tasks, numel)
@@ -117,40 +118,32 @@ def _update(rule: Rule, step: Steps, grads: Tensor, state: tuple[Tensor, ...], i
                 or (tasks > 1 and tensor.stride(0) < numel)
                 or not tensor.is_cpu
             ):
-                kind = str(maths).removeprefix("torch.")
-                expected = f"a {kind} CPU tensor of shape ({tasks}, {numel}) with contiguous rows"
+                dtype_name = str(maths).removeprefix("torch.")
+                expected = (
+                    f"a {dtype_name} CPU tensor of shape ({tasks}, {numel}) with contiguous rows "
+                    "that do not overlap"
+                )
                 raise _wrong(f"state[{k}] ({names[k]})", expected, tensor)
-            addresses[2 * k] = tensor.data_ptr()
             addresses[2 * k + 1] = tensor.stride(0)
-        if isinstance(step, int) or len(step) != tasks or min(step) < 0:
-            raise ValueError(
-                f"step must be a sequence of {tasks} numbers >= 0 where every task keeps its own "
-                f"moments, got {step!r}"
-            )
-        coefficients = b"".join(_PACK(*rule.coefficients(t)) if t > 0 else _ABSENT for t in step)
-    else:
-        for k, tensor in enumerate(state):
-            if (
-                tensor.dtype is not maths
-                or tensor.shape != (numel,)
-                or not tensor.is_contiguous()
-                or not tensor.is_cpu
-            ):
-                _check_vector(f"state[{k}] ({names[k]})", tensor, maths, numel)
-            addresses[2 * k] = tensor.data_ptr()
-        if not isinstance(step, int) or step < 1:
-            raise ValueError(f"step must be an int >= 1 where moments are shared, got {step!r}")
-        coefficients = _pack(rule, step)
+        elif (
+            tensor.dtype is not maths
+            or tensor.shape != (numel,)
+            or not tensor.is_contiguous()
+            or not tensor.is_cpu
+        ):
+            _check_vector(f"state[{k}] ({names[k]})", tensor, maths, numel)
+        addresses[2 * k] = tensor.data_ptr()
+    _check_matrix("numbers", numbers, tasks if per_task else 1, _NUMBERS)
     a, b, c, d, e, f = addresses
     return (
-        rule.kind,
+        kind,
         dtype,
         per_task,
         tasks,
         numel,
         grads.data_ptr(),
         stride,
-        coefficients,
+        numbers.data_ptr(),
         a,
         b,
         c,
@@ -162,22 +155,29 @@ def _update(rule: Rule, step: Steps, grads: Tensor, state: tuple[Tensor, ...], i
     )
 
 
+def _check_skip(skip: Tensor | None) -> int:
+    """The address of skip, 0 for None."""
+    if skip is None:
+        return 0
+    _check_vector("skip", skip, torch.int32, 1)
+    return skip.data_ptr()
+
+
 def search(
-    rule: Rule,
-    step: Steps,
+    kind: int,
+    numbers: Tensor,
     grads: Tensor,
-    state: tuple[Tensor, ...],
+    state: list[Tensor],
     gram: Tensor,
     *,
-    clippy: Clippy | None = None,
+    clippy: Sequence[float] | None = None,
     params: Tensor | None = None,
-    lr: float = 0.0,
     segments: Tensor | None = None,
     sigma: Tensor | None = None,
     isa: int = 0,
 ) -> None:
     """gram_ij = <u_i, u_j>, and sigma with Clippy; see `fastmto.ops`."""
-    update = _update(rule, step, grads, state, isa)
+    update = _update(kind, numbers, grads, state, isa)
     tasks, numel = update[3], update[4]
     _check_matrix("gram", gram, tasks, tasks)
     if clippy is None:
@@ -185,15 +185,15 @@ def search(
         return
     if params is None or segments is None or sigma is None:
         raise ValueError("params, segments and sigma must be given with clippy")
+    lambda_rel, lambda_abs = clippy
     _check_vector("params", params, grads.dtype, numel)
     n_segments = _check_segments(segments, numel)
     _check_matrix("sigma", sigma, tasks, n_segments)
     _kernels.search_clipped(
         *update,
         gram.data_ptr(),
-        clippy.lambda_rel,
-        clippy.lambda_abs,
-        lr,
+        lambda_rel,
+        lambda_abs,
         params.data_ptr(),
         segments.data_ptr(),
         n_segments,
@@ -202,57 +202,47 @@ def search(
 
 
 def apply(
-    rule: Rule,
-    step: Steps,
+    kind: int,
+    numbers: Tensor,
     grads: Tensor,
-    state: tuple[Tensor, ...],
+    state: list[Tensor],
     params: Tensor,
     weights: Tensor,
-    lr: float,
-    weight_decay: float = 0.0,
     *,
     segments: Tensor | None = None,
     sigma: Tensor | None = None,
+    skip: Tensor | None = None,
     isa: int = 0,
 ) -> None:
     """The step of parameters and moments; see `fastmto.ops`."""
-    update = _update(rule, step, grads, state, isa)
+    update = _update(kind, numbers, grads, state, isa)
     tasks, numel = update[3], update[4]
     _check_vector("params", params, grads.dtype, numel)
     _check_vector("weights", weights, torch.float64, tasks)
+    moved = params.data_ptr(), weights.data_ptr(), _check_skip(skip)
     if sigma is None:
-        _kernels.apply(*update, params.data_ptr(), weights.data_ptr(), lr, weight_decay, 0, 0, 0)
+        _kernels.apply(*update, *moved, 0, 0, 0)
         return
     if segments is None:
         raise ValueError("segments must be given with sigma")
     n_segments = _check_segments(segments, numel)
     _check_matrix("sigma", sigma, tasks, n_segments)
-    _kernels.apply(
-        *update,
-        params.data_ptr(),
-        weights.data_ptr(),
-        lr,
-        weight_decay,
-        segments.data_ptr(),
-        n_segments,
-        sigma.data_ptr(),
-    )
+    _kernels.apply(*update, *moved, segments.data_ptr(), n_segments, sigma.data_ptr())
 
 
 def delayed(
-    rule: Rule,
-    step: Steps,
+    kind: int,
+    numbers: Tensor,
     grads: Tensor,
-    state: tuple[Tensor, ...],
+    state: list[Tensor],
     params: Tensor,
     weights: Tensor,
     gram: Tensor,
-    lr: float,
-    weight_decay: float = 0.0,
     *,
-    clippy: Clippy | None = None,
+    clippy: Sequence[float] | None = None,
     segments: Tensor | None = None,
     sigma: Tensor | None = None,
+    skip: Tensor | None = None,
     isa: int = 0,
 ) -> None:
     """search and apply; see `fastmto.ops`.
@@ -261,46 +251,22 @@ def delayed(
     are this step's, and stand in `sigma` afterwards. The results have the bits of `search` and
     `apply` called one after the other.
     """
-    if clippy is not None:
-        _check_vector("params", params, grads.dtype, grads.shape[-1])
-        _check_vector("weights", weights, torch.float64, len(grads))
-        search(
-            rule,
-            step,
-            grads,
-            state,
-            gram,
-            clippy=clippy,
-            params=params,
-            lr=lr,
-            segments=segments,
-            sigma=sigma,
-            isa=isa,
-        )
-        apply(
-            rule,
-            step,
-            grads,
-            state,
-            params,
-            weights,
-            lr,
-            weight_decay,
-            segments=segments,
-            sigma=sigma,
-            isa=isa,
-        )
-        return
-    if sigma is not None:
-        raise ValueError("clippy must be given with sigma")
-    update = _update(rule, step, grads, state, isa)
+    update = _update(kind, numbers, grads, state, isa)
     tasks, numel = update[3], update[4]
     _check_vector("params", params, grads.dtype, numel)
     _check_vector("weights", weights, torch.float64, tasks)
     _check_matrix("gram", gram, tasks, tasks)
-    _kernels.delayed(
-        *update, params.data_ptr(), weights.data_ptr(), lr, weight_decay, gram.data_ptr()
-    )
+    skip_address = _check_skip(skip)
+    if clippy is None:
+        if sigma is not None:
+            raise ValueError("clippy must be given with sigma")
+        _kernels.delayed(
+            *update, params.data_ptr(), weights.data_ptr(), skip_address, gram.data_ptr()
+        )
+        return
+    head = kind, numbers, grads, state
+    search(*head, gram, clippy=clippy, params=params, segments=segments, sigma=sigma, isa=isa)
+    apply(*head, params, weights, segments=segments, sigma=sigma, skip=skip, isa=isa)
 
 
 def gram(grads: Tensor, gram: Tensor, *, isa: int = 0) -> None:
@@ -370,21 +336,86 @@ def perturb(
     )
 
 
-def all_finite(tensor: Tensor, *, isa: int = 0) -> bool:
-    """Whether no element is NaN, infinite or too large to be squared; see `fastmto.ops`.
-
-    Args:
-        tensor: of a floating dtype of the ops; contiguous, or (T, P) with contiguous rows.
-    """
-    dtype = _DTYPES.get(tensor.dtype)
-    if dtype is None or not tensor.is_cpu:
-        raise _wrong("tensor", "a CPU tensor of float32, float64, bfloat16 or float16", tensor)
-    if tensor.is_contiguous():
-        rows, numel, stride = 1, tensor.numel(), 0
-    elif tensor.dim() == 2 and (tensor.shape[1] == 1 or tensor.stride(1) == 1):
-        rows, numel, stride = tensor.shape[0], tensor.shape[1], tensor.stride(0)
-    else:
-        raise _wrong("tensor", "contiguous, or two-dimensional with contiguous rows", tensor)
-    return _kernels.all_finite(
-        dtype, rows, numel, tensor.data_ptr(), stride, torch.get_num_threads(), isa
+def check(grads: Tensor, found: Tensor, *, isa: int = 0) -> None:
+    """found = 1 where an element is NaN, infinite or too large to be squared; see `fastmto.ops`."""
+    dtype, tasks, numel, stride = _check_grads(grads)
+    _check_vector("found", found, torch.int32, 1)
+    _kernels.check(
+        dtype,
+        tasks,
+        numel,
+        grads.data_ptr(),
+        stride,
+        torch.get_num_threads(),
+        isa,
+        found.data_ptr(),
     )
+
+
+def clock(hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found: Tensor) -> None:
+    """numbers of the next step, with the bits of `Rule.numbers`; see `fastmto.ops`."""
+    rows = len(counts)
+    _check_matrix("hyper", hyper, rows, _HYPER)
+    _check_vector("counts", counts, torch.int64, rows)
+    _check_vector("active", active, torch.int32, rows)
+    _check_matrix("numbers", numbers, rows, _NUMBERS)
+    _check_vector("found", found, torch.int32, 1)
+    _kernels.clock(
+        rows,
+        hyper.data_ptr(),
+        counts.data_ptr(),
+        active.data_ptr(),
+        numbers.data_ptr(),
+        found.data_ptr(),
+    )
+
+
+def advance(counts: Tensor, active: Tensor, found: Tensor, tally: Tensor) -> None:
+    """The step counts after a step that was taken or skipped; see `fastmto.ops`."""
+    rows = len(counts)
+    _check_vector("counts", counts, torch.int64, rows)
+    _check_vector("active", active, torch.int32, rows)
+    _check_vector("found", found, torch.int32, 1)
+    _check_vector("tally", tally, torch.int64, 2)
+    _kernels.advance(rows, counts.data_ptr(), active.data_ptr(), found.data_ptr(), tally.data_ptr())
+
+
+def bargaining(
+    gram: Tensor,
+    weights: Tensor,
+    info: Tensor,
+    *,
+    preference: Tensor | None = None,
+    tol: float = 1e-13,
+    ridge: float = 0.0,
+) -> None:
+    """The bargaining weights, if there are any; see `fastmto.ops`."""
+    tasks = _check_problem(gram, weights, info)
+    if preference is not None:
+        _check_vector("preference", preference, torch.float64, tasks)
+    powers = None if preference is None else preference.numpy()
+    _tell(solvers.bargaining(gram, preference=powers, tol=tol, ridge=ridge), weights, info)
+
+
+def mgda(gram: Tensor, weights: Tensor, info: Tensor) -> None:
+    """The point of the simplex of least norm; see `fastmto.ops`."""
+    _check_problem(gram, weights, info)
+    _tell(solvers.mgda(gram), weights, info)
+
+
+def _check_problem(gram: Tensor, weights: Tensor, info: Tensor) -> int:
+    """The number of tasks of a solver's problem."""
+    tasks = len(gram)
+    if not 1 <= tasks <= MAX_SOLVED_TASKS:
+        raise ValueError(f"gram must have 1 to {MAX_SOLVED_TASKS} tasks, got {tasks}")
+    _check_matrix("gram", gram, tasks, tasks)
+    _check_vector("weights", weights, torch.float64, tasks)
+    _check_vector("info", info, torch.float64, 4)
+    return tasks
+
+
+def _tell(result: solvers.Result[Tensor], weights: Tensor, info: Tensor) -> None:
+    if result.weights is not None:
+        weights.copy_(result.weights)
+    status = _STATUSES[result.status]
+    info.numpy()[:] = status, result.iterations, result.residual, result.kappa
