@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 #: What `train` and `compare` know: plain training, every method, and variants of PUB.
 BALANCERS = ("equal", *available(), "pub_clippy", "pub_adatask", "adatask", "clippy")
-MODELS = ("shared_bottom", "mmoe")
+MODELS = ("shared_bottom", "mmoe", "ple")
 #: Packages of the extra "train", by the data that need them.
 EXTRAS = {
     "digits": ("sklearn", "matplotlib", "tqdm"),
@@ -71,6 +71,10 @@ DEFAULTS = {
             "mmoe": {
                 "embedding": 128, "n_experts": 4, "expert_widths": (64,), "tower_widths": (64,),
             },
+            "ple": {
+                "embedding": 128, "extraction_widths": (64, 64), "n_shared_experts": 2,
+                "n_task_experts": 2, "tower_widths": (64,),
+            },
         },
     ),
     "census": Defaults(
@@ -84,6 +88,10 @@ DEFAULTS = {
             "shared_bottom": {"embedding": 16, "bottom": (256, 128), "tower_widths": (64,)},
             "mmoe": {
                 "embedding": 16, "n_experts": 8, "expert_widths": (128,), "tower_widths": (64,),
+            },
+            "ple": {
+                "embedding": 16, "extraction_widths": (128, 128), "n_shared_experts": 4,
+                "n_task_experts": 2, "tower_widths": (64,),
             },
         },
     ),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .data.base import MultiTaskData
-from .models import MMOE, SharedBottom
+from .models import MMOE, PLE, SharedBottom
 from .models.base import MultiTaskModel, count
 from .train import TrainResult, balancer, one_step, train, waiting
 
@@ -23,7 +23,7 @@ class Experiment:
 
     Args:
         data: name of the data set.
-        model: "shared_bottom" or "mmoe".
+        model: "shared_bottom", "mmoe" or "ple".
         sizes: constructor arguments of the model.
         epochs, batch_size, lr, weight_decay: of the training.
         update_weights_every: steps between two searches; None: the methods' own
@@ -45,7 +45,7 @@ class Experiment:
 
     def build(self, data: MultiTaskData, seed: int) -> MultiTaskModel:
         """The model on the data's device, as the seed starts it."""
-        kind = {"mmoe": MMOE, "shared_bottom": SharedBottom}[self.model]
+        kind = {"mmoe": MMOE, "ple": PLE, "shared_bottom": SharedBottom}[self.model]
         n_outputs = [task.n_outputs for task in data.tasks]
         torch.manual_seed(seed)
         model: MultiTaskModel = kind(data.n_dense, data.field_sizes, n_outputs, **self.sizes)

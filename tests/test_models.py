@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastmto.models import MMOE, MultiTaskModel, SharedBottom, TabularEncoder
+from fastmto.models import MMOE, PLE, MultiTaskModel, SharedBottom, TabularEncoder
 from fastmto.models.base import count
 from fastmto.models.mmoe import Experts
+from fastmto.models.ple import mix
 
 #: 32 fields with 496 values in all, as the census data have.
 FIELDS = (15,) * 31 + (31,)
@@ -21,11 +22,21 @@ def batch(n_rows: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     return dense, (ids + 15 * torch.arange(32)).int()
 
 
+def small_ple(n_outputs: list[int], widths: tuple[int, ...]) -> PLE:
+    return PLE(
+        7, FIELDS, n_outputs, embedding=4, extraction_widths=widths, n_shared_experts=2,
+        n_task_experts=3, tower_widths=(8,),
+    )  # fmt: skip
+
+
 def models() -> list[MultiTaskModel]:
     torch.manual_seed(0)
     return [
         MMOE(7, FIELDS, [1, 1]),
         MMOE(7, FIELDS, [1, 3], embedding=4, n_experts=3, expert_widths=(9, 6), tower_widths=()),
+        small_ple([1, 1], (9,)),
+        small_ple([1, 3], (9, 6)),
+        small_ple([1, 2, 1], (9, 6, 5, 4)),
         SharedBottom(7, FIELDS, [1, 1]),
         SharedBottom(7, FIELDS, [2, 1, 1], embedding=4, bottom=(), tower_widths=(5,)),
     ]
@@ -37,6 +48,25 @@ def test_mmoe_has_the_published_size() -> None:
     assert count(model.parameters()) == 574_866
     assert count(model.shared_parameters()) == 549_760
     assert [count(task) for task in model.task_parameters()] == [12_553, 12_553]
+
+
+def test_ple_has_the_published_size() -> None:
+    """PUB's sizes, T = 2: 15,010,328 shared and 126,242 task-specific parameters beside the table.
+
+    There batch normalisation follows every expert and every layer of a tower, a shared gate on top
+    is read by nothing, and the top layer's task experts count as shared.
+    """
+    fields = (31,) * 16
+    model = PLE(63, fields, [1, 1])
+    table, experts = 128 * sum(fields), 3 * 4
+    shared_norms, tower_norms = 2 * experts * (512 + 256), 2 * (128 + 64)
+    unread_gate = 512 * experts + experts
+    top_own = 2 * 4 * (512 * 256 + 256)
+    shared = count(model.shared_parameters()) - table
+    assert shared + top_own + shared_norms + unread_gate == 15_010_328
+    own = [count(task) for task in model.task_parameters()]
+    assert own[0] == own[1]
+    assert sum(own) - top_own + 2 * tower_norms == 126_242
 
 
 @pytest.mark.parametrize("model", models(), ids=lambda model: type(model).__name__)
@@ -66,7 +96,8 @@ def test_gradients_at_the_representation_sent_on_are_those_of_the_parameters(
     )
     features = model.represent(dense.double(), ids)
     loss = model.heads(features)[0].square().sum()
-    at_features = torch.autograd.grad(loss, features, retain_graph=True)
+    # Zeros where a head does not look: PLE's tasks have parts of the representation of their own.
+    at_features = torch.autograd.grad(loss, features, retain_graph=True, materialize_grads=True)
     sent_on = torch.autograd.grad(features, shared, at_features, allow_unused=True)
     for direct, other in zip(expected, sent_on, strict=True):
         torch.testing.assert_close(direct, other, rtol=1e-12, atol=1e-14)
@@ -84,7 +115,15 @@ def test_the_last_shared_layer_lies_before_every_head(model: MultiTaskModel) -> 
 
 def test_outputs_have_one_entry_a_row_or_one_a_class() -> None:
     shapes = [[tuple(output.shape) for output in model(*batch())] for model in models()]
-    assert shapes == [[(5,), (5,)], [(5,), (5, 3)], [(5,), (5,)], [(5, 2), (5,), (5,)]]
+    assert shapes == [
+        [(5,), (5,)],
+        [(5,), (5, 3)],
+        [(5,), (5,)],
+        [(5,), (5, 3)],
+        [(5,), (5, 2), (5,)],
+        [(5,), (5,)],
+        [(5, 2), (5,), (5,)],
+    ]
 
 
 def test_a_batch_of_one_row_keeps_its_dimension() -> None:
@@ -143,6 +182,82 @@ def test_mmoe_mixes_experts_by_each_tasks_gate() -> None:
         share = gate(x).softmax(dim=1)
         mixed = sum(share[:, e, None] * model.experts(x)[:, e] for e in range(3))
         torch.testing.assert_close(output, head(mixed)[:, 0], rtol=0, atol=1e-14)
+
+
+def ple_logits(model: PLE, x: torch.Tensor, j: int) -> torch.Tensor:
+    """Task j's logits by the recursion of the paper, one expert at a time."""
+    shared, tasks = x, [x] * len(model.towers)
+    for layer in model.layers:
+        common = list(layer.shared(shared).unbind(1))
+        own = [list(experts(t).unbind(1)) for t, experts in zip(tasks, layer.own, strict=True)]
+        following = []
+        for t, gate, mine in zip(tasks, layer.gates, own, strict=True):
+            share = gate(t).softmax(dim=1)
+            outputs = [*mine, *common]
+            following.append(sum(share[:, e, None] * h for e, h in enumerate(outputs)))
+        if layer.shared_gate is not None:
+            share = layer.shared_gate(shared).softmax(dim=1)
+            outputs = [h for mine in own for h in mine] + common
+            shared = sum(share[:, e, None] * h for e, h in enumerate(outputs))
+        tasks = following
+    return model.towers[j](tasks[j]).squeeze(1)
+
+
+@pytest.mark.parametrize("widths", [(9,), (9, 6), (9, 6, 5), (9, 6, 5, 4)])
+def test_ple_is_the_recursion_of_the_paper(widths: tuple[int, ...]) -> None:
+    torch.manual_seed(3)
+    model = small_ple([1, 2, 1], widths).double()
+    dense, ids = batch()
+    x = model.encoder(dense.double(), ids)
+    for j, output in enumerate(model(dense.double(), ids)):
+        torch.testing.assert_close(output, ple_logits(model, x, j), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("widths", [(9,), (9, 6), (9, 6, 5), (9, 6, 5, 4)])
+def test_ple_counts_as_shared_what_two_tasks_reach_and_nothing_else(
+    widths: tuple[int, ...],
+) -> None:
+    """Autograd decides who owns a parameter; of the experts of tasks only the top layer's."""
+    torch.manual_seed(4)
+    model = small_ple([1, 1], widths)
+    reached: list[set[str]] = []
+    for output in model(*batch()):
+        model.zero_grad()
+        output.sum().backward(retain_graph=True)
+        reached.append({name for name, p in model.named_parameters() if p.grad is not None})
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in model.shared_parameters()} == reached[0] & reached[1]
+    own = [{names[id(p)] for p in task} for task in model.task_parameters()]
+    assert own == [reached[0] - reached[1], reached[1] - reached[0]]
+    top = len(widths) - 1
+    owned = own[0] | own[1]
+    assert {int(n.split(".")[1]) for n in owned if ".own." in n} == {top}
+    assert {int(n.split(".")[1]) for n in owned if ".gates." in n} == {top, max(top - 1, 0)}
+
+
+def test_shares_of_a_gate_add_up_to_one() -> None:
+    """A mixture of equal vectors is that vector, and of one group left out it falls short."""
+    torch.manual_seed(5)
+    gate, x = nn.Linear(6, 5).double(), torch.randn(4, 6, dtype=torch.float64)
+    vector = torch.randn(3, dtype=torch.float64)
+    groups = [vector.expand(4, 2, 3), vector.expand(4, 3, 3)]
+    torch.testing.assert_close(mix(gate, x, groups), vector.expand(4, 3), rtol=1e-14, atol=1e-14)
+    without = mix(gate, x, [groups[0], torch.zeros(4, 3, 3, dtype=torch.float64)])
+    share = gate(x).softmax(dim=1)[:, :2].sum(dim=1, keepdim=True)
+    torch.testing.assert_close(without, share * vector, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"extraction_widths": ()}, "at least one layer"),
+        ({"n_shared_experts": 0}, "got 0 and 4"),
+        ({"n_task_experts": 0}, "got 4 and 0"),
+    ],
+)
+def test_ple_refuses(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PLE(7, FIELDS, [1, 1], **options)
 
 
 def test_the_same_seed_builds_the_same_model() -> None:
