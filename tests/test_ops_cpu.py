@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import ops_cases
 import pytest
 import torch
-from ops_cases import DTYPES, GRAM_TASKS, RULES, TASKS, Case, Inputs, build
+from ops_cases import DTYPES, GRAM_TASKS, RULES, TASKS, Case, Inputs, build, numbers_of
 from torch import Tensor
 
-from fastmto import _kernels, ops
+from fastmto import _kernels, ops, solvers
 from fastmto.ops import cpu
 from fastmto.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
 
@@ -41,15 +41,14 @@ def two_threads(one_thread: None) -> None:
 def search(inputs: Inputs, isa: int = 0) -> tuple[Tensor, Tensor | None]:
     """The Gram, and sigma with Clippy."""
     gram, sigma = inputs.poisoned_gram(), inputs.poisoned_sigma()
-    head = inputs.rule, inputs.step, inputs.grads, inputs.state, gram
+    head = inputs.kind, inputs.numbers, inputs.grads, inputs.state, gram
     if inputs.clippy is None:
         cpu.search(*head, isa=isa)
         return gram, None
     cpu.search(
         *head,
-        clippy=inputs.clippy,
+        clippy=inputs.lambdas,
         params=inputs.params,
-        lr=inputs.lr,
         segments=inputs.segments,
         sigma=sigma,
         isa=isa,
@@ -57,38 +56,38 @@ def search(inputs: Inputs, isa: int = 0) -> tuple[Tensor, Tensor | None]:
     return gram, sigma
 
 
-def apply(inputs: Inputs, sigma: Tensor | None, isa: int = 0) -> None:
+def apply(inputs: Inputs, sigma: Tensor | None, isa: int = 0, skip: Tensor | None = None) -> None:
     cpu.apply(
-        inputs.rule,
-        inputs.step,
+        inputs.kind,
+        inputs.numbers,
         inputs.grads,
         inputs.state,
         inputs.params,
         inputs.weights,
-        inputs.lr,
-        inputs.weight_decay,
         segments=inputs.segments,
         sigma=sigma,
+        skip=skip,
         isa=isa,
     )
 
 
-def delayed(inputs: Inputs, isa: int = 0) -> tuple[Tensor, Tensor | None]:
+def delayed(
+    inputs: Inputs, isa: int = 0, skip: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     gram = inputs.poisoned_gram()
     sigma = None if inputs.clippy is None else inputs.poisoned_sigma()
     cpu.delayed(
-        inputs.rule,
-        inputs.step,
+        inputs.kind,
+        inputs.numbers,
         inputs.grads,
         inputs.state,
         inputs.params,
         inputs.weights,
         gram,
-        inputs.lr,
-        inputs.weight_decay,
-        clippy=inputs.clippy,
+        clippy=inputs.lambdas,
         segments=inputs.segments,
         sigma=sigma,
+        skip=skip,
         isa=isa,
     )
     return gram, sigma
@@ -98,6 +97,13 @@ def gradient_gram(inputs: Inputs, isa: int = 0) -> Tensor:
     gram = inputs.poisoned_gram()
     cpu.gram(inputs.grads, gram, isa=isa)
     return gram
+
+
+def found(tensor: Tensor, isa: int = 0) -> int:
+    """What `check` makes of a cleared `found`."""
+    flag = torch.zeros(1, dtype=torch.int32)
+    cpu.check(tensor, flag, isa=isa)
+    return int(flag)
 
 
 def combine(inputs: Inputs, isa: int = 0) -> Tensor:
@@ -329,6 +335,49 @@ def test_absent_tasks() -> None:
     assert gram.count_nonzero() == 1
 
 
+@pytest.mark.parametrize("clippy", [None, Clippy(0.3, 0.01)], ids=["plain", "clippy"])
+def test_no_task_takes_part_in_a_step_of_shared_moments(clippy: Clippy | None) -> None:
+    """A row that is not active, where it is the only one."""
+    inputs = build(Case(Adam(), 3, NUMEL, clippy=clippy, step=0, lr=0.5, weight_decay=0.1))
+    done = inputs.clone()
+    gram, sigma = search(done)
+    assert (gram == 0).all()
+    assert sigma is None or (sigma == 1).all()
+    apply(done, sigma)
+    check(inputs)
+    assert same_bits([done.params, *done.state], [inputs.params, *inputs.state])
+
+
+def test_rates_are_those_of_the_first_active_row() -> None:
+    inputs = build(
+        Case(Adam(), 3, NUMEL, clippy=Clippy(), adatask=True, step=[0, 4, 5], weight_decay=0.1)
+    )
+    expected = everything(inputs)
+    inputs.numbers[2, 8:10] = torch.tensor([torch.nan, torch.nan])
+    assert same_bits(everything(inputs), expected)
+
+
+@pytest.mark.parametrize("adatask", [False, True], ids=["shared", "adatask"])
+@pytest.mark.parametrize("clippy", [None, Clippy(0.3, 0.01)], ids=["plain", "clippy"])
+def test_a_skipped_step_writes_gram_and_sigma_only(clippy: Clippy | None, adatask: bool) -> None:
+    inputs = build(Case(Adam(), 3, NUMEL, clippy=clippy, adatask=adatask, lr=0.2, weight_decay=0.1))
+    gram, sigma = search(inputs)
+    moved = inputs.clone()
+    apply(moved, sigma)
+    for value in (0, 1, -7):
+        skip = torch.tensor([value], dtype=torch.int32)
+        expected = inputs if value else moved
+        done = inputs.clone()
+        apply(done, sigma, skip=skip)
+        assert same_bits([done.params, *done.state], [expected.params, *expected.state])
+        done = inputs.clone()
+        gram_too, sigma_too = delayed(done, skip=skip)
+        assert same_bits([done.params, *done.state], [expected.params, *expected.state])
+        assert torch.equal(gram_too, gram)
+        assert sigma is None or (sigma_too is not None and torch.equal(sigma_too, sigma))
+        assert int(skip) == value
+
+
 def test_no_weight_at_all_moves_the_moments_only() -> None:
     inputs = build(Case(Adam(), 3, NUMEL, weights=[0.0] * 3, weight_decay=0.0))
     check(inputs)
@@ -408,7 +457,7 @@ def test_squares_that_overflow_show_in_the_gram(
     for shown in (gram, gradient_gram(inputs, isa)):
         assert not shown[1, 1].isfinite()
         assert shown[0, 0].isfinite()
-    assert not cpu.all_finite(inputs.grads, isa=isa)
+    assert found(inputs.grads, isa) == 1
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -436,35 +485,44 @@ def test_a_task_that_is_not_finite_shows_in_its_own_row(
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @dtypes
-def test_all_finite_finds_one_bad_element(bad: float, dtype: torch.dtype, isa: int) -> None:
+def test_check_finds_one_bad_element(bad: float, dtype: torch.dtype, isa: int) -> None:
     for numel in (1, 17, 5003):
         limit = {torch.float64: 2.0**511, torch.float16: 2.0**16}.get(dtype, 2.0**63)
         largest = limit * (1 - torch.finfo(dtype).eps / 2)
-        tensor = torch.full((numel,), largest, dtype=dtype)
-        tensor[::2] = -largest
+        tensor = torch.full((1, numel), largest, dtype=dtype)
+        tensor[:, ::2] = -largest
         assert tensor.isfinite().all()
         if dtype != torch.float16:
-            assert not cpu.all_finite(torch.full((numel,), limit, dtype=dtype), isa=isa)
-        assert cpu.all_finite(tensor, isa=isa)
+            assert found(torch.full((1, numel), limit, dtype=dtype), isa) == 1
+        assert found(tensor, isa) == 0
         for where in {0, numel // 2, numel - 1}:
             spoiled = tensor.clone()
-            spoiled[where] = bad
-            assert not cpu.all_finite(spoiled, isa=isa)
+            spoiled[0, where] = bad
+            assert found(spoiled, isa) == 1
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_all_finite_of_rows_and_large_tensors() -> None:
+def test_check_of_rows_and_large_tensors() -> None:
     rows = torch.full((3, 50_007), torch.nan)[:, :50_000]
     rows[:] = 1.0
-    assert cpu.all_finite(rows)
+    assert found(rows) == 0
     rows[2, -1] = torch.inf
-    assert not cpu.all_finite(rows)
-    assert cpu.all_finite(torch.empty(0))
-    assert cpu.all_finite(torch.ones(2, 3, 4))
-    with pytest.raises(ValueError, match="tensor must be contiguous"):
-        cpu.all_finite(torch.ones(4, 6).T)
-    with pytest.raises(ValueError, match=r"tensor must be a CPU tensor of float32.* got int64"):
-        cpu.all_finite(torch.ones(4, dtype=torch.int64))
+    assert found(rows) == 1
+    assert found(torch.empty(1, 0)) == 0
+    assert found(torch.ones(6, 4)) == 0
+    with pytest.raises(ValueError, match=r"grads must be \(T >= 1, P\) with contiguous rows"):
+        found(torch.ones(4, 6).T)
+    with pytest.raises(ValueError, match=r"grads must be a \(T, P\) CPU .*float32.* got int64"):
+        found(torch.ones(1, 4, dtype=torch.int64))
+
+
+def test_check_leaves_what_was_found_before() -> None:
+    flag = torch.zeros(1, dtype=torch.int32)
+    cpu.check(torch.tensor([[torch.nan]]), flag)
+    cpu.check(torch.ones(2, 5), flag)
+    assert int(flag) == 1
+    with pytest.raises(ValueError, match=r"found must be a contiguous int32 .*\(1,\), got bool"):
+        cpu.check(torch.ones(2, 5), torch.zeros(1, dtype=torch.bool))
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -496,11 +554,12 @@ def test_combine_into_one_of_its_rows(dtype: torch.dtype, numel: int) -> None:
 
 
 def test_dispatch() -> None:
-    assert ops.on(torch.device("cpu")) is cpu
+    assert ops.backend(torch.device("cpu")) is cpu
     with pytest.raises(ValueError, match="device must be one of cpu, cuda, got meta"):
-        ops.on(torch.device("meta"))
+        ops.backend(torch.device("meta"))
 
 
+ADAM = Adam()
 Change = Callable[[dict[str, object]], None]
 
 
@@ -515,23 +574,40 @@ WRONG = {
     "grads_overlap": (put(grads=torch.ones(64).expand(2, 64)), "rows that do not overlap"),
     "grads_meta": (put(grads=torch.ones(2, 64, device="meta")), "grads must be .* on meta"),
     "no_tasks": (put(grads=torch.ones(0, 64)), "T >= 1"),
-    "state_count": (put(state=(torch.ones(64),)), r"state must hold 2 tensors \(exp_avg, "),
+    "state_count": (put(state=[torch.ones(64)]), r"state must hold 2 tensors \(exp_avg, "),
     "state_dtype": (
-        put(state=(torch.ones(64), torch.ones(64).double())),
+        put(state=[torch.ones(64), torch.ones(64).double()]),
         r"state\[1\] \(exp_avg_sq\) must be .* float32 .* got float64",
     ),
-    "state_shape": (put(state=(torch.ones(63), torch.ones(64))), r"state\[0\] .*\(64,\), got"),
-    "state_mixed": (put(state=(torch.ones(2, 64), torch.ones(64))), r"state\[1\] .*\(2, 64\)"),
-    "step_zero": (put(step=0), "step must be an int >= 1 .* got 0"),
-    "step_sequence": (put(step=[1, 2]), r"step must be an int .* got \[1, 2\]"),
-    "step_int": (
-        put(state=(torch.ones(2, 64), torch.ones(2, 64))),
-        "step must be a sequence of 2 .* got 3",
+    "state_shape": (put(state=[torch.ones(63), torch.ones(64)]), r"state\[0\] .*\(64,\), got"),
+    "state_mixed": (put(state=[torch.ones(2, 64), torch.ones(64)]), r"state\[1\] .*\(2, 64\)"),
+    "state_overlap": (
+        put(
+            state=[torch.ones(2, 64), torch.ones(64).expand(2, 64)],
+            numbers=numbers_of(ADAM, [3, 4]),
+        ),
+        r"state\[1\] \(exp_avg_sq\) must be .* do not overlap",
     ),
-    "step_negative": (
-        put(state=(torch.ones(2, 64), torch.ones(2, 64)), step=[1, -1]),
-        "step must be a sequence of 2 numbers >= 0",
+    "kind": (put(kind=6), "kind must be a rule's, from 0 to 5, got 6"),
+    "numbers_dtype": (put(numbers=torch.ones(1, 11)), "numbers must be a contiguous float64"),
+    "numbers_columns": (
+        put(numbers=torch.ones(1, 10).double()),
+        r"numbers must be .*\(1, 11\), got .*\(1, 10\)",
     ),
+    "numbers_per_task": (
+        put(numbers=numbers_of(ADAM, [1, 2])),
+        r"numbers must be .*\(1, 11\), got",
+    ),
+    "numbers_shared": (
+        put(state=[torch.ones(2, 64), torch.ones(2, 64)]),
+        r"numbers must be .*\(2, 11\), got .*\(1, 11\)",
+    ),
+    "numbers_device": (put(numbers=torch.ones(1, 11, device="meta").double()), "numbers must be"),
+    "skip_dtype": (
+        put(skip=torch.zeros(1)),
+        r"skip must be a contiguous int32 .*\(1,\), got float32",
+    ),
+    "skip_shape": (put(skip=torch.zeros(2, dtype=torch.int32)), r"skip must be .*\(1,\), got"),
     "params_dtype": (put(params=torch.ones(64).half()), "params must be .* float32 .* float16"),
     "params_shape": (put(params=torch.ones(8, 8)), r"params must be .*\(64,\), got .*\(8, 8\)"),
     "params_strided": (put(params=torch.ones(128)[::2]), "params must be a contiguous"),
@@ -544,13 +620,12 @@ WRONG = {
 @pytest.mark.parametrize("op", ["apply", "delayed"])
 def test_wrong_arguments_are_named(change: Change, message: str, op: str) -> None:
     arguments: dict[str, object] = {
-        "rule": Adam(),
-        "step": 3,
+        "kind": ADAM.kind,
+        "numbers": numbers_of(ADAM, 3, 0.1),
         "grads": torch.ones(2, 64),
-        "state": (torch.ones(64), torch.ones(64)),
+        "state": [torch.ones(64), torch.ones(64)],
         "params": torch.ones(64),
         "weights": torch.ones(2, dtype=torch.float64),
-        "lr": 0.1,
     }
     if op == "delayed":
         arguments["gram"] = torch.ones(2, 2, dtype=torch.float64)
@@ -583,19 +658,19 @@ def test_wrong_arguments_of_clippy_are_named(change: dict[str, Tensor], message:
         **(change or {"sigma": None}),
     }
     gram = arguments.pop("gram")
-    state = torch.ones(64), torch.ones(64)
+    head = ADAM.kind, numbers_of(ADAM, 3, 0.1), torch.ones(2, 64), [torch.ones(64), torch.ones(64)]
     with pytest.raises(ValueError, match=message):
-        cpu.search(Adam(), 3, torch.ones(2, 64), state, gram, clippy=Clippy(), lr=0.1, **arguments)
+        cpu.search(*head, gram, clippy=(0.5, 0.01), **arguments)
 
 
 def test_sigma_wants_its_companions() -> None:
     inputs = build(Case(Adam(), 2, 64, sizes=[64]))
     sigma = torch.ones(2, 1, dtype=torch.float64)
-    head = inputs.rule, inputs.step, inputs.grads, inputs.state, inputs.params, inputs.weights
+    head = inputs.kind, inputs.numbers, inputs.grads, inputs.state, inputs.params, inputs.weights
     with pytest.raises(ValueError, match="segments must be given with sigma"):
-        cpu.apply(*head, 0.1, sigma=sigma)
+        cpu.apply(*head, sigma=sigma)
     with pytest.raises(ValueError, match="clippy must be given with sigma"):
-        cpu.delayed(*head, inputs.poisoned_gram(), 0.1, sigma=sigma)
+        cpu.delayed(*head, inputs.poisoned_gram(), sigma=sigma)
 
 
 def test_combine_checks() -> None:
@@ -611,3 +686,172 @@ def test_gram_checks() -> None:
         cpu.gram(torch.ones(2, 64), torch.ones(2, 2))
     with pytest.raises(ValueError, match=r"grads must be .* got int32"):
         cpu.gram(torch.ones(2, 64, dtype=torch.int32), torch.ones(2, 2, dtype=torch.float64))
+
+
+CLOCKED = [
+    (rule, t)
+    for rule in (*RULES.values(), Adam((0.0, 0.5)), Adam((0.99, 0.0), 1e-3), Adam((0.95, 0.98)))
+    for t in (1, 2, 3, 10, 999, 12_345, 10**6, 10**9)
+]
+
+
+def test_clock_gives_the_bits_of_the_rules_numbers() -> None:
+    n = len(CLOCKED)
+    lr, weight_decay = 3.3e-4, 0.07
+    hyper = torch.tensor(
+        [rule.hyper(lr * i, weight_decay) for i, (rule, _) in enumerate(CLOCKED)],
+        dtype=torch.float64,
+    )
+    counts = torch.tensor([t - 1 for _, t in CLOCKED])
+    active = torch.ones(n, dtype=torch.int32)
+    active[::5] = 0
+    before = hyper.clone(), counts.clone(), active.clone()
+    numbers = torch.full((n, 11), torch.nan, dtype=torch.float64)
+    flag = torch.ones(1, dtype=torch.int32)
+    cpu.clock(hyper, counts, active, numbers, flag)
+    expected = [
+        rule.numbers(t if i % 5 else 0, lr * i, weight_decay) for i, (rule, t) in enumerate(CLOCKED)
+    ]
+    assert torch.equal(numbers, torch.tensor(expected, dtype=torch.float64))
+    assert int(flag) == 0
+    assert same_bits([hyper, counts, active], list(before))
+
+
+def test_advance() -> None:
+    counts, active = torch.tensor([0, 5, 10**12]), torch.tensor([1, 0, 1], dtype=torch.int32)
+    flag, tally = torch.zeros(1, dtype=torch.int32), torch.tensor([3, 4])
+    cpu.advance(counts, active, flag, tally)
+    assert counts.tolist() == [1, 5, 10**12 + 1]
+    assert tally.tolist() == [4, 4]
+    flag[0] = 1
+    cpu.advance(counts, active, flag, tally)
+    assert counts.tolist() == [1, 5, 10**12 + 1]
+    assert tally.tolist() == [4, 5]
+    assert (int(flag), active.tolist()) == (1, [1, 0, 1])
+
+
+WRONG_CLOCK = {
+    "hyper": (torch.ones(2, 6).double(), r"hyper must be .*\(2, 7\), got .*\(2, 6\)"),
+    "counts": (torch.ones(2), r"counts must be a contiguous int64 .*\(2,\), got float32"),
+    "active": (torch.ones(2, dtype=torch.bool), "active must be a contiguous int32 .* got bool"),
+    "numbers": (torch.ones(1, 11).double(), r"numbers must be .*\(2, 11\), got .*\(1, 11\)"),
+    "found": (torch.ones(2, dtype=torch.int32), r"found must be .*\(1,\), got .*\(2,\)"),
+    "tally": (torch.ones(2, dtype=torch.int32), "tally must be a contiguous int64 .* got int32"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CLOCK)
+def test_wrong_arguments_of_the_clock_are_named(name: str) -> None:
+    arguments = {
+        "hyper": torch.tensor([Adam().hyper(0.1, 0.0)] * 2, dtype=torch.float64),
+        "counts": torch.zeros(2, dtype=torch.int64),
+        "active": torch.ones(2, dtype=torch.int32),
+        "numbers": torch.ones(2, 11, dtype=torch.float64),
+        "found": torch.ones(1, dtype=torch.int32),
+        "tally": torch.zeros(2, dtype=torch.int64),
+    }
+    wrong, message = WRONG_CLOCK[name]
+    arguments[name] = wrong
+    calls = {
+        cpu.clock: ("hyper", "counts", "active", "numbers", "found"),
+        cpu.advance: ("counts", "active", "found", "tally"),
+    }
+    for op, names in calls.items():
+        if name in names:
+            with pytest.raises(ValueError, match=message):
+                op(**{k: arguments[k] for k in names})
+
+
+SOLVERS = {"bargaining": cpu.bargaining, "mgda": cpu.mgda}
+solvers_of_ops = pytest.mark.parametrize("name", SOLVERS)
+
+
+def problem(n_tasks: int) -> Tensor:
+    generator = torch.Generator().manual_seed(n_tasks)
+    rows = torch.randn(n_tasks, 3 * n_tasks, generator=generator, dtype=torch.float64)
+    return (rows @ rows.T).triu() + (rows @ rows.T).triu(1).T
+
+
+def poisoned_answer(n_tasks: int) -> tuple[Tensor, Tensor]:
+    return (
+        torch.full((n_tasks,), torch.nan, dtype=torch.float64),
+        torch.full((4,), torch.nan, dtype=torch.float64),
+    )
+
+
+def told(result: solvers.Result[Tensor]) -> list[float]:
+    number = solvers.STATUSES.index(result.status)
+    return [number, result.iterations, result.residual, result.kappa]
+
+
+@solvers_of_ops
+@pytest.mark.parametrize("n_tasks", [1, 2, 3, 8, 64])
+def test_solvers(name: str, n_tasks: int) -> None:
+    gram = problem(n_tasks)
+    before = gram.clone()
+    weights, info = poisoned_answer(n_tasks)
+    SOLVERS[name](gram, weights, info)
+    expected = getattr(solvers, name)(gram)
+    assert expected.ok
+    assert torch.equal(weights, expected.weights)
+    assert info.tolist() == told(expected)
+    assert torch.equal(gram, before)
+    if name == "bargaining":
+        torch.testing.assert_close(weights * (gram @ weights), torch.ones(n_tasks).double())
+    else:
+        gains = gram @ weights
+        assert gains.min() >= weights @ gains * (1 - 1e-9)
+
+
+def test_bargaining_by_preference_tol_and_ridge() -> None:
+    gram = problem(3)
+    powers = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    for options in ({"preference": powers}, {"tol": 1e-3}, {"ridge": 0.1}):
+        weights, info = poisoned_answer(3)
+        cpu.bargaining(gram, weights, info, **options)
+        expected = solvers.bargaining(gram, **options)
+        assert torch.equal(weights, expected.weights)
+        assert info.tolist() == told(expected)
+
+
+@solvers_of_ops
+def test_weights_stay_where_there_are_none(name: str) -> None:
+    gram = problem(3)
+    gram[1, 1] = torch.nan
+    weights, info = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), poisoned_answer(3)[1]
+    SOLVERS[name](gram, weights, info)
+    assert weights.tolist() == [1, 2, 3]
+    assert solvers.STATUSES[int(info[0])] == "not_finite"
+    stationary = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    weights = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    SOLVERS[name](stationary, weights, info)
+    if name == "bargaining":
+        assert weights.tolist() == [1, 2]
+        assert solvers.STATUSES[int(info[0])] == "near_stationary"
+    else:
+        torch.testing.assert_close(weights, torch.full((2,), 0.5, dtype=torch.float64))
+        assert info[0] == 0
+
+
+@solvers_of_ops
+def test_wrong_arguments_of_the_solvers_are_named(name: str) -> None:
+    solve = SOLVERS[name]
+    gram, (weights, info) = problem(2), poisoned_answer(2)
+    with pytest.raises(ValueError, match=r"gram must be \(T, T\) with T from 1 to 64, got .*65"):
+        solve(problem(65), *poisoned_answer(65))
+    with pytest.raises(ValueError, match=r"gram must be .* float64 .* got float32"):
+        solve(gram.float(), weights, info)
+    with pytest.raises(ValueError, match=r"gram must be .*\(2, 2\), got .*\(2, 3\)"):
+        solve(torch.ones(2, 3).double(), weights, info)
+    with pytest.raises(ValueError, match=r"weights must be .*\(2,\), got .*\(3,\)"):
+        solve(gram, torch.ones(3).double(), info)
+    with pytest.raises(ValueError, match=r"info must be .*\(4,\), got .*\(2,\)"):
+        solve(gram, weights, weights)
+
+
+def test_wrong_preference_is_named() -> None:
+    gram, (weights, info) = problem(2), poisoned_answer(2)
+    with pytest.raises(ValueError, match=r"preference must be .*\(2,\), got .*\(3,\)"):
+        cpu.bargaining(gram, weights, info, preference=torch.ones(3).double())
+    with pytest.raises(ValueError, match="preference must be"):
+        cpu.bargaining(gram, weights, info, preference=torch.tensor([1.0, -1.0]).double())

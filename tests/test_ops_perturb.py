@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmto import _kernels, philox
-from fastmto.ops import cpu, eager
+from fastmto import _kernels, ops, philox
+from fastmto.ops import cpu
 
 ISAS = [isa for isa in (1, 2, 3) if _kernels.supported(isa)]
 DTYPES = (torch.float32, torch.float64)
@@ -116,14 +116,19 @@ def test_threads_and_writes_past_the_caches(
 
 @dtypes
 @distributions
-def test_eager(distribution: str, dtype: torch.dtype) -> None:
+def test_the_operator(distribution: str, dtype: torch.dtype) -> None:
+    """Seeds and offsets past 2^63 come through an operator's integers, which have a sign."""
     params, out = parameters(777, dtype), poisoned(3, 777, dtype)
     for seed, offset in STREAMS:
-        eager.perturb(params, out, scale=SCALE, seed=seed, offset=offset, distribution=distribution)
+        ops.perturb(params, out, scale=SCALE, seed=seed, offset=offset, distribution=distribution)
         assert same_bits(out, expected(params, seed, offset, distribution))
     for direction in (torch.randn(777, dtype=dtype), torch.randn(3, 777, dtype=dtype)):
-        eager.perturb(params, out, scale=SCALE, direction=direction)
+        ops.perturb(params, out, scale=SCALE, direction=direction)
         assert same_bits(out, params + SCALE.to(dtype)[:, None] * direction)
+    for name in ("seed", "offset"):
+        for wrong in (-1, 2**64):
+            with pytest.raises(ValueError, match=rf"{name} must be an integer .* got {wrong}"):
+                ops.perturb(params, out, scale=SCALE, **{"seed": 1, name: wrong})
 
 
 @pytest.mark.parametrize("numel", [1, 65, 2049, 5000])

@@ -354,7 +354,7 @@ def check(grads: Tensor, found: Tensor, *, isa: int = 0) -> None:
 
 def clock(hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found: Tensor) -> None:
     """numbers of the next step, with the bits of `Rule.numbers`; see `fastmto.ops`."""
-    rows = len(counts)
+    rows = counts.numel()
     _check_matrix("hyper", hyper, rows, _HYPER)
     _check_vector("counts", counts, torch.int64, rows)
     _check_vector("active", active, torch.int32, rows)
@@ -372,7 +372,7 @@ def clock(hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found:
 
 def advance(counts: Tensor, active: Tensor, found: Tensor, tally: Tensor) -> None:
     """The step counts after a step that was taken or skipped; see `fastmto.ops`."""
-    rows = len(counts)
+    rows = counts.numel()
     _check_vector("counts", counts, torch.int64, rows)
     _check_vector("active", active, torch.int32, rows)
     _check_vector("found", found, torch.int32, 1)
@@ -405,9 +405,9 @@ def mgda(gram: Tensor, weights: Tensor, info: Tensor) -> None:
 
 def _check_problem(gram: Tensor, weights: Tensor, info: Tensor) -> int:
     """The number of tasks of a solver's problem."""
-    tasks = len(gram)
+    tasks = gram.shape[0] if gram.dim() == 2 else 0
     if not 1 <= tasks <= MAX_SOLVED_TASKS:
-        raise ValueError(f"gram must have 1 to {MAX_SOLVED_TASKS} tasks, got {tasks}")
+        raise _wrong("gram", f"(T, T) with T from 1 to {MAX_SOLVED_TASKS}", gram)
     _check_matrix("gram", gram, tasks, tasks)
     _check_vector("weights", weights, torch.float64, tasks)
     _check_vector("info", info, torch.float64, 4)
