@@ -1,9 +1,8 @@
-"""The ops on NVIDIA GPUs.
+"""The ops on GPUs: checks, then Triton kernels. Semantics: ops/__init__.py.
 
-The passes of the three rules and those without a rule are Triton kernels, one launch each. Clippy
-(`clippy` or `sigma` given) and AdaTask (state of shape (T, P)) run on plain torch operations,
-eager.py; which of the two serves a call depends on these arguments alone. Semantics:
-ops/__init__.py.
+Every pass is one launch; with Clippy a search is three: sigma is filled, then lowered, then used.
+The checks look at shapes, dtypes, strides and devices only: nothing here reads the device's memory,
+so no call waits for it. What `segments` says is taken as it is.
 
 Raises on import:
     ImportError: Triton is not installed.
@@ -12,12 +11,13 @@ Raises on import:
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..rules import Clippy, Hyper, Numbers, Rule
-from . import MAX_SOLVED_TASKS, Steps, eager, perturbation
+from ..rules import Hyper, Numbers
+from . import MAX_SOLVED_TASKS, perturbation
 
 if importlib.util.find_spec("triton") is None:
     raise ImportError(
@@ -27,12 +27,14 @@ if importlib.util.find_spec("triton") is None:
 from . import (
     triton_apply,
     triton_bargaining,
+    triton_clippy,
     triton_combine,
     triton_control,
     triton_mgda,
     triton_perturb,
     triton_search,
 )
+from .triton_rules import N_STATES, NO_RULE
 
 GRAD_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,10 +54,15 @@ def _check(
 
 
 def _check_rows(name: str, tensor: Tensor) -> None:
-    """Refuse what is not a matrix of contiguous rows."""
-    if tensor.dim() != 2 or (tensor.shape[1] > 1 and tensor.stride(1) != 1):
+    """Refuse what is not a matrix of contiguous rows that do not overlap."""
+    rows, size = tensor.shape if tensor.dim() == 2 else (0, 0)
+    if (
+        tensor.dim() != 2
+        or (size > 1 and tensor.stride(1) != 1)
+        or (rows > 1 and tensor.stride(0) < size)
+    ):
         raise ValueError(
-            f"{name} must be (T, P) with contiguous rows, "
+            f"{name} must be (T, P) with contiguous rows that do not overlap, "
             f"got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
         )
 
@@ -68,175 +75,161 @@ def _check_grads(grads: Tensor) -> None:
         raise ValueError("grads must have at least one row, got shape (0, P)")
 
 
-def _check_state(rule: Rule, step: Steps, grads: Tensor, state: tuple[Tensor, ...]) -> None:
+def _check_update(kind: int, numbers: Tensor, grads: Tensor, state: Sequence[Tensor]) -> None:
+    """What every pass over updates reads."""
+    _check_grads(grads)
     n_tasks, size = grads.shape
-    if len(state) != len(rule.state_names):
-        raise ValueError(f"state must hold {rule.state_names}, got {len(state)} tensors")
+    if not 0 <= kind < NO_RULE.value:
+        raise ValueError(f"kind must be a Rule.kind, 0 to {NO_RULE.value - 1}, got {kind}")
+    if len(state) != N_STATES[kind]:
+        raise ValueError(
+            f"state must hold {N_STATES[kind]} tensors for kind {kind}, got {len(state)}"
+        )
     dtype = torch.float64 if grads.dtype == torch.float64 else torch.float32
-    for name, tensor in zip(rule.state_names, state, strict=True):
-        if isinstance(step, int):
-            _check(f"state {name}", tensor, (size,), dtype, grads)
+    per_task = state[0].dim() == 2
+    for k, tensor in enumerate(state):
+        if not per_task:
+            _check(f"state[{k}]", tensor, (size,), dtype, grads)
             continue
-        _check_rows(f"state {name}", tensor)
+        _check_rows(f"state[{k}]", tensor)
         if tensor.shape != grads.shape or tensor.dtype != dtype or tensor.device != grads.device:
             raise ValueError(
-                f"state {name} must be {tuple(grads.shape)} {dtype} on {grads.device}, "
+                f"state[{k}] must be {tuple(grads.shape)} {dtype} on {grads.device}, "
                 f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
-    if isinstance(step, int):
-        if step < 1:
-            raise ValueError(f"step must be at least 1, got {step}")
-    elif len(step) != n_tasks or min(step) < 0:
-        raise ValueError(f"step must hold {n_tasks} numbers >= 0, got {step}")
+    rows = n_tasks if per_task else 1
+    _check("numbers", numbers, (rows, len(Numbers._fields)), torch.float64, grads)
 
 
-def _check_clippy(
-    grads: Tensor, params: Tensor | None, segments: Tensor | None, sigma: Tensor | None
-) -> None:
-    """What Clippy's factors need: all of these, and segments that cover P in order."""
-    missing = [
-        name
-        for name, value in (("params", params), ("segments", segments), ("sigma", sigma))
-        if value is None
-    ]
-    if params is None or segments is None or sigma is None:
-        raise ValueError(f"Clippy needs params, segments and sigma, got no {', '.join(missing)}")
-    n_tasks, size = grads.shape
-    if segments.device.type != "cpu" or segments.dtype != torch.int64 or segments.dim() != 1:
-        raise ValueError(
-            "segments must be (S+1,) int64 on the CPU, "
-            f"got {tuple(segments.shape)} {segments.dtype} on {segments.device}"
-        )
-    bounds = segments.tolist()
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != size or bounds != sorted(bounds):
-        raise ValueError(f"segments must rise from 0 to {size}, got {bounds}")
-    _check("sigma", sigma, (n_tasks, len(bounds) - 1), torch.float64, grads)
+def _check_sigma(grads: Tensor, segments: Tensor | None, sigma: Tensor | None) -> None:
+    if segments is None or sigma is None:
+        missing = "segments" if segments is None else "sigma"
+        raise ValueError(f"{missing} must be given with Clippy, got None")
+    if segments.dim() != 1 or len(segments) < 2:
+        raise ValueError(f"segments must have shape (S + 1,), got {tuple(segments.shape)}")
+    _check("segments", segments, (len(segments),), torch.int64, grads)
+    _check("sigma", sigma, (len(grads), len(segments) - 1), torch.float64, grads)
 
 
-def _check_apply(grads: Tensor, params: Tensor, weights: Tensor) -> None:
+def _check_clippy(clippy: Sequence[float]) -> None:
+    if len(clippy) != 2:
+        raise ValueError(f"clippy must be (lambda_rel, lambda_abs), got {clippy}")
+
+
+def _check_apply(grads: Tensor, params: Tensor, weights: Tensor, skip: Tensor | None) -> None:
     _check("params", params, (grads.shape[1],), grads.dtype, grads)
     _check("weights", weights, (len(grads),), torch.float64, grads)
+    if skip is not None:
+        _check("skip", skip, (1,), torch.int32, grads)
+
+
+def _check_gram(grads: Tensor, gram: Tensor) -> None:
+    _check("gram", gram, (len(grads), len(grads)), torch.float64, grads)
 
 
 def search(
-    rule: Rule,
-    step: Steps,
+    kind: int,
+    numbers: Tensor,
     grads: Tensor,
-    state: tuple[Tensor, ...],
+    state: Sequence[Tensor],
     gram: Tensor,
     *,
-    clippy: Clippy | None = None,
+    clippy: Sequence[float] | None = None,
     params: Tensor | None = None,
-    lr: float = 0.0,
     segments: Tensor | None = None,
     sigma: Tensor | None = None,
 ) -> None:
-    """gram <- <u_i, u_j>."""
-    _check_grads(grads)
-    _check_state(rule, step, grads, state)
-    _check("gram", gram, (len(grads), len(grads)), torch.float64, grads)
-    if clippy is not None:
-        _check_clippy(grads, params, segments, sigma)
-    if clippy is None and isinstance(step, int):
-        triton_search.search(rule, step, grads, state, gram)
-    else:
-        eager.search(
-            rule,
-            step,
-            grads,
-            state,
-            gram,
-            clippy=clippy,
-            params=params,
-            lr=lr,
-            segments=segments,
-            sigma=sigma if clippy is not None else None,
-        )
+    """gram <- <u_i, u_j>, and sigma with Clippy."""
+    _check_update(kind, numbers, grads, state)
+    _check_gram(grads, gram)
+    if clippy is None:
+        triton_search.search(kind, numbers, grads, state, gram)
+        return
+    _check_clippy(clippy)
+    _check_sigma(grads, segments, sigma)
+    if params is None:
+        raise ValueError("params must be given with Clippy, got None")
+    _check("params", params, (grads.shape[1],), grads.dtype, grads)
+    assert segments is not None
+    assert sigma is not None
+    triton_clippy.factors(kind, numbers, grads, state, params, segments, sigma, clippy)
+    triton_search.search(kind, numbers, grads, state, gram, segments=segments, sigma=sigma)
 
 
 def apply(
-    rule: Rule,
-    step: Steps,
+    kind: int,
+    numbers: Tensor,
     grads: Tensor,
-    state: tuple[Tensor, ...],
+    state: Sequence[Tensor],
     params: Tensor,
     weights: Tensor,
-    lr: float,
-    weight_decay: float = 0.0,
     *,
     segments: Tensor | None = None,
     sigma: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> None:
     """Parameters, then moments, one step with `weights`."""
-    _check_grads(grads)
-    _check_state(rule, step, grads, state)
-    _check_apply(grads, params, weights)
+    _check_update(kind, numbers, grads, state)
+    _check_apply(grads, params, weights, skip)
     if sigma is not None:
-        _check_clippy(grads, params, segments, sigma)
-    if sigma is None and isinstance(step, int):
-        triton_apply.apply(rule, step, grads, state, params, weights, lr, weight_decay)
-    else:
-        eager.apply(
-            rule,
-            step,
-            grads,
-            state,
-            params,
-            weights,
-            lr,
-            weight_decay,
-            segments=segments,
-            sigma=sigma,
-        )
+        _check_sigma(grads, segments, sigma)
+    triton_apply.apply(
+        kind,
+        numbers,
+        grads,
+        state,
+        params,
+        weights,
+        segments=segments,
+        sigma=sigma,
+        skip=skip,
+    )
 
 
 def delayed(
-    rule: Rule,
-    step: Steps,
+    kind: int,
+    numbers: Tensor,
     grads: Tensor,
-    state: tuple[Tensor, ...],
+    state: Sequence[Tensor],
     params: Tensor,
     weights: Tensor,
     gram: Tensor,
-    lr: float,
-    weight_decay: float = 0.0,
     *,
-    clippy: Clippy | None = None,
+    clippy: Sequence[float] | None = None,
     segments: Tensor | None = None,
     sigma: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> None:
     """Search and apply with the weights of an earlier search."""
-    _check_grads(grads)
-    _check_state(rule, step, grads, state)
-    _check_apply(grads, params, weights)
-    _check("gram", gram, (len(grads), len(grads)), torch.float64, grads)
+    _check_update(kind, numbers, grads, state)
+    _check_apply(grads, params, weights, skip)
+    _check_gram(grads, gram)
     if clippy is not None:
-        _check_clippy(grads, params, segments, sigma)
+        _check_clippy(clippy)
+        _check_sigma(grads, segments, sigma)
+        assert segments is not None
+        assert sigma is not None
+        triton_clippy.factors(kind, numbers, grads, state, params, segments, sigma, clippy)
     elif sigma is not None:
         raise ValueError("clippy must be given with sigma, got None")
-    if clippy is None and isinstance(step, int):
-        triton_search.delayed(rule, step, grads, state, params, weights, gram, lr, weight_decay)
-    else:
-        eager.delayed(
-            rule,
-            step,
-            grads,
-            state,
-            params,
-            weights,
-            gram,
-            lr,
-            weight_decay,
-            clippy=clippy,
-            segments=segments,
-            sigma=sigma,
-        )
+    triton_search.delayed(
+        kind,
+        numbers,
+        grads,
+        state,
+        params,
+        weights,
+        gram,
+        segments=segments,
+        sigma=sigma,
+        skip=skip,
+    )
 
 
 def gram(grads: Tensor, gram: Tensor) -> None:
     """gram <- <g_i, g_j>."""
     _check_grads(grads)
-    _check("gram", gram, (len(grads), len(grads)), torch.float64, grads)
+    _check_gram(grads, gram)
     triton_search.gram(grads, gram)
 
 

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_apply import MAX_UNROLLED_T, tiling_for
-from .triton_launch import Tiling, launch, programs_for, working_type
+from .triton_apply import tiling_for
+from .triton_launch import MAX_UNROLLED_T, Tiling, launch, programs_for, working_type
 
 
 @triton.jit

@@ -10,6 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 
+#: Up to this many tasks a loop over them is unrolled whole.
+MAX_UNROLLED_T = 8
+
+
 class Tiling(NamedTuple):
     """How a pass is cut up; the defaults are the launchers', others are for tests and tuning.
 
@@ -49,28 +53,62 @@ def programs_for(n_coordinates: int, tiling: Tiling) -> int:
     return blocks if tiling.programs is None else min(blocks, tiling.programs)
 
 
-_workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+_Workspace = tuple[Tensor, Tensor]
+_workspaces: dict[tuple[torch.device, int], _Workspace] = {}
+#: Those that a CUDA graph uses: they must outlive it, which nobody announces the end of.
+_captured: dict[int, _Workspace] = {}
 
 
-def workspace(device: torch.device, n_sums: int, n_counters: int) -> tuple[Tensor, Tensor]:
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _holds(held: _Workspace, n_sums: int, n_counters: int) -> bool:
+    return held[0].numel() >= n_sums and held[1].numel() >= n_counters
+
+
+def workspace(device: torch.device, n_sums: int, n_counters: int) -> _Workspace:
     """Scratch of a reduction: (n_sums,) float64, any content, and (n_counters,) int32 zeros.
 
     Kept from call to call, one pair a device and stream (passes on one stream never overlap);
-    it grows when a call needs more. Every pass leaves the counters at 0. Nothing is allocated once
-    a size has been seen, so one pass before a CUDA graph is captured keeps it out of the graph.
+    it grows when a call needs more. Every pass leaves the counters at 0. A CUDA graph takes over
+    the pair that an earlier pass on another stream has used, as it is captured on a stream of its
+    own and its memory must not be handed out again. Graphs captured on the same stream share a
+    pair: do not replay two of them at once.
+
+    Raises:
+        RuntimeError: a graph is being captured and no pair is large enough.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (device, stream)
     held = _workspaces.get(key)
-    if held is None or held[0].numel() < n_sums or held[1].numel() < n_counters:
-        sums = max(n_sums, held[0].numel() if held else 0)
-        counters = max(n_counters, held[1].numel() if held else 0)
-        held = (
-            torch.empty(sums, dtype=torch.float64, device=device),
-            torch.zeros(counters, dtype=torch.int32, device=device),
-        )
+    capturing = _is_capturing(device)
+    if held is None or not _holds(held, n_sums, n_counters):
+        if capturing:
+            held = _take_over(device, n_sums, n_counters)
+        else:
+            sums = max(n_sums, held[0].numel() if held else 0)
+            counters = max(n_counters, held[1].numel() if held else 0)
+            held = (
+                torch.empty(sums, dtype=torch.float64, device=device),
+                torch.zeros(counters, dtype=torch.int32, device=device),
+            )
         _workspaces[key] = held
+    if capturing:
+        _captured[held[0].data_ptr()] = held
     return held
+
+
+def _take_over(device: torch.device, n_sums: int, n_counters: int) -> _Workspace:
+    """A pair of another stream that is large enough, no longer that stream's."""
+    for key, held in _workspaces.items():
+        if key[0] == device and _holds(held, n_sums, n_counters):
+            del _workspaces[key]
+            return held
+    raise RuntimeError(
+        "a CUDA graph is being captured, and this pass needs scratch memory that is not there "
+        "yet: run one step of the same shapes before the capture"
+    )
 
 
 def launch(
@@ -93,9 +131,9 @@ def launch(
 
 def options(tiling: Tiling) -> dict[str, Any]:
     """Triton's compiler options. Contraction to fused multiply-adds is asked for by name, as its
-    default changes with Triton's versions."""
+    default changes with Triton's versions. The bound on registers is NVIDIA's only."""
     return {
         "num_warps": tiling.warps,
-        "maxnreg": tiling.registers,
+        **({} if torch.version.hip else {"maxnreg": tiling.registers}),
         "enable_fp_fusion": tiling.fuse,
     }

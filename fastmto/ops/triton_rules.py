@@ -17,54 +17,100 @@ Division and root are the GPU's fast float32 ones (2 ulp); in float64 they round
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..rules import Rule
+from ..rules import Numbers
 
 #: Kind of the passes over the gradients as they are.
 NO_RULE = tl.constexpr(6)
+#: State tensors of a kind.
+N_STATES = (2, 1, 1, 2, 2, 3, 0)
+
+#: A row of `numbers`: its length, and where the entries lie that are looked up one by one; the
+#: coefficients of the element formulas come first.
+WIDTH = tl.constexpr(len(Numbers._fields))
+LR = tl.constexpr(Numbers._fields.index("lr"))
+KEEP = tl.constexpr(Numbers._fields.index("keep"))
+ACTIVE = tl.constexpr(Numbers._fields.index("active"))
 
 
 @triton.jit
-def numbers(b1, d1, b2, d2, c1, c2, eps, mu, DTYPE: tl.constexpr):
-    """The coefficients as scalars of the working type.
+def entry(row, k: tl.constexpr, mask, DTYPE):
+    """Entry k of rows of `numbers`; 0 where `mask`, unless it is None, is not set."""
+    if mask is None:
+        value = tl.load(row + k)
+    else:
+        value = tl.load(row + k, mask=mask, other=0.0)
+    return value.to(DTYPE)
 
-    They come as float64 arguments; Triton would make float32 of a plain Python float, and under
-    the interpreter they are Python floats still, which `tl.full` takes too.
+
+@triton.jit
+def coefficients(row, mask, DTYPE):
+    """The coefficients at `row`, a pointer into `numbers` or a block of them, in the working type
+    (never formed there: 1 - b of a rounded b would be wrong); and whether the row is active.
+
+    Without gradient and moments, which are not to be read then, an inactive row's update is
+    0 / (0 + 1) = 0.
     """
-    return (
-        tl.full((), b1, DTYPE),
-        tl.full((), d1, DTYPE),
-        tl.full((), b2, DTYPE),
-        tl.full((), d2, DTYPE),
-        tl.full((), c1, DTYPE),
-        tl.full((), c2, DTYPE),
-        tl.full((), eps, DTYPE),
-        tl.full((), mu, DTYPE),
+    active = entry(row, ACTIVE, mask, DTYPE) != 0
+    c = (
+        entry(row, 0, mask, DTYPE),
+        entry(row, 1, mask, DTYPE),
+        entry(row, 2, mask, DTYPE),
+        entry(row, 3, mask, DTYPE),
+        entry(row, 4, mask, DTYPE),
+        entry(row, 5, mask, DTYPE),
+        tl.where(active, entry(row, 6, mask, DTYPE), 1.0),
+        entry(row, 7, mask, DTYPE),
     )
+    return c, active
 
 
 @triton.jit
-def load_state(s0, s1, s2, offsets, mask, KIND: tl.constexpr):
-    """The rule's moments at `offsets`; 0 beyond the end, where every update is then 0."""
+def rates(numbers, R: tl.constexpr, DTYPE):
+    """lr and keep of the first active row, 0 and 1 where there is none."""
+    if R == 1:
+        first = tl.where(tl.load(numbers + ACTIVE) != 0, 0, 1)
+    else:
+        rows = tl.arange(0, triton.next_power_of_2(R))
+        active = tl.load(numbers + rows * WIDTH + ACTIVE, mask=rows < R, other=0.0) != 0
+        first = tl.min(tl.where(active, rows, R), axis=0)
+    row = numbers + first * WIDTH
+    lr = tl.load(row + LR, mask=first < R, other=0.0).to(DTYPE)
+    return lr, tl.load(row + KEEP, mask=first < R, other=1.0).to(DTYPE)
+
+
+@triton.jit
+def row_starts(row, q0, q1, q2):
+    """Where the moments of task `row` start in each state tensor."""
+    return row * q0, row * q1, row * q2
+
+
+@triton.jit
+def load_state(s0, s1, s2, starts, offsets, mask, KIND: tl.constexpr):
+    """The moments at `offsets` past `starts`; 0 where not in `mask`."""
     state = ()
     if KIND != NO_RULE:
-        state = (tl.load(s0 + offsets, mask=mask, other=0.0),)
+        state = (tl.load(s0 + (starts[0] + offsets), mask=mask, other=0.0),)
         if KIND != 1 and KIND != 2:
-            state = state + (tl.load(s1 + offsets, mask=mask, other=0.0),)
+            state = state + (tl.load(s1 + (starts[1] + offsets), mask=mask, other=0.0),)
         if KIND == 5:
-            state = state + (tl.load(s2 + offsets, mask=mask, other=0.0),)
+            state = state + (tl.load(s2 + (starts[2] + offsets), mask=mask, other=0.0),)
     return state
 
 
 @triton.jit
-def store_state(s0, s1, s2, offsets, mask, state, KIND: tl.constexpr):
-    tl.store(s0 + offsets, state[0], mask=mask)
+def store_state(s0, s1, s2, starts, offsets, mask, state, KIND: tl.constexpr):
+    tl.store(s0 + (starts[0] + offsets), state[0], mask=mask)
     if KIND != 1 and KIND != 2:
-        tl.store(s1 + offsets, state[1], mask=mask)
+        tl.store(s1 + (starts[1] + offsets), state[1], mask=mask)
     if KIND == 5:
-        tl.store(s2 + offsets, state[2], mask=mask)
+        tl.store(s2 + (starts[2] + offsets), state[2], mask=mask)
 
 
 @triton.jit
@@ -77,7 +123,8 @@ def root(v):
 @triton.jit
 def advance(g, state, c, KIND: tl.constexpr):
     """One step of the plain rule on gradient g: the update u and the new state."""
-    b1, d1, b2, d2, c1, c2, eps, mu = c
+    if KIND != NO_RULE:
+        b1, d1, b2, d2, c1, c2, eps, mu = c
     if KIND == NO_RULE:
         u = g
         new = ()
@@ -106,10 +153,23 @@ def advance(g, state, c, KIND: tl.constexpr):
     return u, new
 
 
-def coefficients(rule: Rule | None, step: int) -> tuple[float, ...]:
-    """The arguments of `numbers`, in double precision: 1 - b and the bias corrections must not be
-    formed from rounded decay rates. Zeros without a rule."""
-    if rule is None:
-        return (0.0,) * 8
-    b1, b2, c1, c2, eps, mu = rule.coefficients(step)
-    return b1, 1.0 - b1, b2, 1.0 - b2, c1, c2, eps, mu
+def streams(numbers: Tensor | None, grads: Tensor, state: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The arguments that every pass over updates starts with: grads, s0 to s2 (None where the rule
+    has fewer), numbers, P, the row stride of grads, and those of the state (0 where shared)."""
+    strides = [s.stride(0) if s.dim() == 2 else 0 for s in state]
+    absent = 3 - len(state)
+    return (
+        grads,
+        *state,
+        *(None,) * absent,
+        numbers,
+        grads.shape[1],
+        grads.stride(0),
+        *strides,
+        *(0,) * absent,
+    )
+
+
+def is_per_task(state: Sequence[Tensor]) -> bool:
+    """Whether every task keeps moments of its own."""
+    return len(state) > 0 and state[0].dim() == 2

@@ -1,15 +1,18 @@
 """Search, search with apply in the same pass ("delayed"), and the Gram of the gradients themselves,
 as one Triton launch each.
 
-    u_i = rule's update of g_i with the old moments;  gram_ij = sum_p u_ip u_jp   (never stored: u)
+    u_i = rule's update of g_i with the old moments, times Clippy's sigma_i of the coordinate's
+    tensor if given;  gram_ij = sum_p u_ip u_jp   (never stored: u)
 
 `gram` is the search of no rule: u_i = g_i, no state.
 
-Floor: (T + N) P elements read for N state tensors, T^2 written; delayed also reads the P
-parameters and writes parameters and state. With Adam and float32 that is 4 (T+2) P and 4 (T+6) P
-bytes. Where P and the row stride are multiples of 16 and the buffers 16-byte aligned, gradients
+Floor for N state tensors: (T + N) P elements read, (T + N T) P where every task keeps its own, and
+T^2 written; delayed also reads the P parameters and writes parameters and state. With Adam and
+float32 that is 4 (T+2) P and 4 (T+6) P bytes, or 12 T P and 4 (5 T+2) P with moments of the tasks'
+own. Where P and the row strides are multiples of 16 and the buffers 16-byte aligned, gradients
 come 16 bytes at a time (8 where registers leave a thread two coordinates only: delayed from
-T = 7); other sizes are right, with narrower accesses.
+T = 7); other sizes are right, with narrower accesses. Clippy's factors come from a pass of their
+own before this one (triton_clippy.py).
 
 Two formulations of the Gram:
 
@@ -31,16 +34,28 @@ The arrival counter is an integer and is set back by the same program.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rules import Rule
-from .triton_apply import apply, move
+from .triton_apply import apply, end_of_writes, move
+from .triton_clippy import owners, shrunk, steps_for
 from .triton_launch import Tiling, launch, processors, programs_for, working_type, workspace
-from .triton_rules import NO_RULE, advance, coefficients, load_state, numbers
+from .triton_rules import (
+    ACTIVE,
+    NO_RULE,
+    WIDTH,
+    advance,
+    coefficients,
+    is_per_task,
+    load_state,
+    row_starts,
+    store_state,
+    streams,
+)
 
 #: Largest T of the pairs formulation.
 MAX_PAIRS_T = 8
@@ -84,27 +99,27 @@ def search_pairs(
     grads,  # (T, P), rows `stride` apart
     s0,
     s1,
-    s2,  # (P,) each, None where the rule has fewer
+    s2,  # (P,) each, or (T, P) with rows q0 to q2 apart; None where the rule has fewer
+    numbers,  # (1, WIDTH), or (T, WIDTH) where PER_TASK; float64; None without a rule
+    P: tl.int64,
+    stride: tl.int64,
+    q0: tl.int64,
+    q1: tl.int64,
+    q2: tl.int64,
     theta,  # (P,) parameters, APPLY only
     weights,  # (T,) float64, APPLY only
+    segments,  # (S + 1,) int64, with sigma
+    sigma,  # (T, S) float64 or None
+    skip,  # (1,) int32 or None, APPLY only
+    S: tl.int64,
     gram,  # (T, T) float64
     partial,  # (programs, LENGTH) float64
     arrived,  # (1,) int32, 0
-    P: tl.int64,
-    stride: tl.int64,
-    b1: tl.float64,
-    d1: tl.float64,
-    b2: tl.float64,
-    d2: tl.float64,
-    c1: tl.float64,
-    c2: tl.float64,
-    eps: tl.float64,
-    mu: tl.float64,
-    lr: tl.float64,
-    keep: tl.float64,
     KIND: tl.constexpr,
     T: tl.constexpr,
+    PER_TASK: tl.constexpr,
     APPLY: tl.constexpr,
+    STEPS: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     FLUSH: tl.constexpr,
@@ -112,31 +127,54 @@ def search_pairs(
     ROWS: tl.constexpr,
 ):
     """gram_ij over pairs i >= j, number i (i+1) / 2 + j of LENGTH."""
-    c = numbers(b1, d1, b2, d2, c1, c2, eps, mu, DTYPE)
     program = tl.program_id(0)
     programs = tl.num_programs(0).to(tl.int64)
     turns = tl.cdiv(tl.cdiv(P, BLOCK), programs).to(tl.int32)
     index = tl.arange(0, LENGTH)
     total = tl.zeros((LENGTH,), tl.float64)
+    limit = P
+    c = ()
+    if not PER_TASK and KIND != NO_RULE:
+        c, active = coefficients(numbers, None, DTYPE)
+        limit = tl.where(active, P, 0)
     a = ()
     if APPLY:
+        end = end_of_writes(skip, limit)
         for i in tl.static_range(T):
-            a = a + (tl.load(weights + i).to(DTYPE),)
+            a_i = tl.load(weights + i)
+            if PER_TASK:
+                a_i = tl.where(tl.load(numbers + i * WIDTH + ACTIVE) != 0, a_i, 0.0)
+            a = a + (a_i.to(DTYPE),)
     for first in range(0, turns, FLUSH):
         pairs = ()
         for _k in tl.static_range(T * (T + 1) // 2):
             pairs = pairs + (tl.zeros((BLOCK,), DTYPE),)
         for turn in range(first, min(first + FLUSH, turns)):
-            block = turn * programs + program
-            offsets = block * BLOCK + tl.arange(0, BLOCK)
-            mask = offsets < P
-            state = load_state(s0, s1, s2, offsets, mask, KIND)
+            start = (turn * programs + program) * BLOCK
+            offsets = start + tl.arange(0, BLOCK)
+            state = ()
+            if not PER_TASK:
+                state = load_state(s0, s1, s2, (0, 0, 0), offsets, offsets < limit, KIND)
+            owner = offsets
+            if sigma is not None:
+                owner = owners(offsets, start, segments, P, S, STEPS, BLOCK)
             us = ()
             joint = tl.zeros((BLOCK,), DTYPE)
             g = tl.zeros((BLOCK,), DTYPE)
             for i in tl.static_range(T):
-                g_i = tl.load(grads + i * stride + offsets, mask=mask, other=0.0).to(DTYPE)
-                u_i, _new = advance(g_i, state, c, KIND)
+                reach = limit
+                if PER_TASK:
+                    c, active = coefficients(numbers + i * WIDTH, None, DTYPE)
+                    reach = tl.where(active, limit, 0)
+                    starts = row_starts(i, q0, q1, q2)
+                    state = load_state(s0, s1, s2, starts, offsets, offsets < reach, KIND)
+                g_i = tl.load(grads + (i * stride + offsets), mask=offsets < reach, other=0.0)
+                g_i = g_i.to(DTYPE)
+                u_i, new = advance(g_i, state, c, KIND)
+                if APPLY and PER_TASK:
+                    mask = offsets < tl.where(active, end, 0)
+                    store_state(s0, s1, s2, starts, offsets, mask, new, KIND)
+                u_i = shrunk(u_i, sigma, i, S, owner)
                 us = us + (u_i,)
                 if APPLY:
                     joint += tl.where(a[i] != 0, a[i] * u_i, 0.0)
@@ -147,7 +185,10 @@ def search_pairs(
                     summed = summed + (pairs[i * (i + 1) // 2 + j] + us[i] * us[j],)
             pairs = summed
             if APPLY:
-                move(theta, s0, s1, s2, offsets, mask, joint, g, state, c, lr, keep, KIND, DTYPE)
+                move(theta, offsets, offsets < end, joint, numbers, T if PER_TASK else 1, DTYPE)
+                if not PER_TASK:
+                    _u, new = advance(g, state, c, KIND)
+                    store_state(s0, s1, s2, (0, 0, 0), offsets, offsets < end, new, KIND)
         for k in tl.static_range(T * (T + 1) // 2):
             total += tl.where(index == k, tl.sum(pairs[k], axis=0).to(tl.float64), 0.0)
     is_last, result = sum_up(partial, arrived, total, index, LENGTH, ROWS)
@@ -162,13 +203,25 @@ def search_pairs(
 
 
 @triton.jit
-def load_tile(grads, row, offsets, mask, stride, T: tl.constexpr, DTYPE):
-    """Gradients of tasks `row` (R,) at `offsets` (B,) as (R, B); 0 beyond the last task."""
-    return tl.load(
-        grads + row.to(tl.int64)[:, None] * stride + offsets[None, :],
-        mask=(row < T)[:, None] & mask[None, :],
-        other=0.0,
-    ).to(DTYPE)
+def update_tile(
+    grads, s0, s1, s2, numbers, limit, stride, q0, q1, q2, sigma, S,
+    row, offsets, owner, state, c, T: tl.constexpr, KIND, PER_TASK, DTYPE,
+):  # fmt: skip
+    """u, g, the new moments and where they belong, of tasks `row` (R, 1) at `offsets` (1, B); the
+    moments mean nothing where they are shared. Beyond the last task all is 0."""
+    mask = (row < T) & (offsets < limit)
+    starts = (0, 0, 0)
+    if PER_TASK:
+        c, active = coefficients(numbers + row * WIDTH, row < T, DTYPE)
+        mask = mask & active
+        starts = row_starts(row, q0, q1, q2)
+        state = load_state(s0, s1, s2, starts, offsets, mask, KIND)
+    g = tl.load(grads + (row * stride + offsets), mask=mask, other=0.0).to(DTYPE)
+    u, new = advance(g, state, c, KIND)
+    if sigma is not None:
+        factor = tl.load(sigma + (row * S + owner), mask=row < T, other=0.0)
+        u = u * factor.to(DTYPE)
+    return u, g, new, mask
 
 
 @triton.jit
@@ -176,27 +229,27 @@ def search_tiles(
     grads,  # (T, P), rows `stride` apart
     s0,
     s1,
-    s2,  # (P,) each, None where the rule has fewer
+    s2,  # (P,) each, or (T, P) with rows q0 to q2 apart; None where the rule has fewer
+    numbers,  # (1, WIDTH), or (T, WIDTH) where PER_TASK; float64; None without a rule
+    P: tl.int64,
+    stride: tl.int64,
+    q0: tl.int64,
+    q1: tl.int64,
+    q2: tl.int64,
     theta,  # (P,) parameters, APPLY only
     weights,  # (T,) float64, APPLY only
+    segments,  # (S + 1,) int64, with sigma
+    sigma,  # (T, S) float64 or None
+    skip,  # (1,) int32 or None, APPLY only
+    S: tl.int64,
     gram,  # (T, T) float64
     partial,  # (tile pairs, programs, LENGTH) float64
     arrived,  # (tile pairs,) int32, 0
-    P: tl.int64,
-    stride: tl.int64,
-    b1: tl.float64,
-    d1: tl.float64,
-    b2: tl.float64,
-    d2: tl.float64,
-    c1: tl.float64,
-    c2: tl.float64,
-    eps: tl.float64,
-    mu: tl.float64,
-    lr: tl.float64,
-    keep: tl.float64,
     KIND: tl.constexpr,
     T: tl.constexpr,
+    PER_TASK: tl.constexpr,
     APPLY: tl.constexpr,  # only with T <= TILE
+    STEPS: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     FLUSH: tl.constexpr,
@@ -205,7 +258,6 @@ def search_tiles(
     TILE: tl.constexpr,
 ):
     """gram's tile (i, j), i >= j, is number i (i+1) / 2 + j of the grid's second axis."""
-    c = numbers(b1, d1, b2, d2, c1, c2, eps, mu, DTYPE)
     program = tl.program_id(0)
     programs = tl.num_programs(0).to(tl.int64)
     pair = tl.program_id(1)
@@ -213,32 +265,56 @@ def search_tiles(
     for k in tl.static_range(1, (T + TILE - 1) // TILE):
         tile_i += (pair >= k * (k + 1) // 2).to(tl.int32)
     tile_j = pair - tile_i * (tile_i + 1) // 2
-    row_i = tile_i * TILE + tl.arange(0, TILE)
-    row_j = tile_j * TILE + tl.arange(0, TILE)
+    row_i = (tile_i * TILE + tl.arange(0, TILE))[:, None]
+    row_j = (tile_j * TILE + tl.arange(0, TILE))[:, None]
+    limit = P
+    c = ()
+    if not PER_TASK and KIND != NO_RULE:
+        c, active = coefficients(numbers, None, DTYPE)
+        limit = tl.where(active, P, 0)
     if APPLY:
-        a = tl.load(weights + row_i, mask=row_i < T, other=0.0).to(DTYPE)[:, None]
+        end = end_of_writes(skip, limit)
+        a = tl.load(weights + row_i, mask=row_i < T, other=0.0)
+        if PER_TASK:
+            takes_part = tl.load(numbers + row_i * WIDTH + ACTIVE, mask=row_i < T, other=0.0)
+            a = tl.where(takes_part != 0, a, 0.0)
+        a = a.to(DTYPE)
     turns = tl.cdiv(tl.cdiv(P, BLOCK), programs).to(tl.int32)
     total = tl.zeros((TILE, TILE), tl.float64)
     for first in range(0, turns, FLUSH):
         tile = tl.zeros((TILE, TILE), DTYPE)
         for turn in range(first, min(first + FLUSH, turns)):
-            block = turn * programs + program
-            offsets = block * BLOCK + tl.arange(0, BLOCK)
-            mask = offsets < P
-            state = load_state(s0, s1, s2, offsets[None, :], mask[None, :], KIND)
-            g_i = load_tile(grads, row_i, offsets, mask, stride, T, DTYPE)
-            u_i, _new = advance(g_i, state, c, KIND)
+            start = (turn * programs + program) * BLOCK
+            offsets = (start + tl.arange(0, BLOCK))[None, :]
+            state = ()
+            if not PER_TASK:
+                state = load_state(s0, s1, s2, (0, 0, 0), offsets, offsets < limit, KIND)
+            owner = offsets
+            if sigma is not None:
+                owner = owners(offsets, start, segments, P, S, STEPS, BLOCK)
+            u_i, g_i, new, mask = update_tile(
+                grads, s0, s1, s2, numbers, limit, stride, q0, q1, q2, sigma, S,
+                row_i, offsets, owner, state, c, T, KIND, PER_TASK, DTYPE,
+            )  # fmt: skip
             if T <= TILE:
                 u_j = u_i
             else:
-                g_j = load_tile(grads, row_j, offsets, mask, stride, T, DTYPE)
-                u_j, _new = advance(g_j, state, c, KIND)
+                u_j, _g, _new, _mask = update_tile(
+                    grads, s0, s1, s2, numbers, limit, stride, q0, q1, q2, sigma, S,
+                    row_j, offsets, owner, state, c, T, KIND, PER_TASK, DTYPE,
+                )  # fmt: skip
             tile = tl.dot(u_i, tl.trans(u_j), tile, input_precision="ieee", out_dtype=DTYPE)
             if APPLY:
+                valid = offsets < end
                 joint = tl.sum(tl.where(a != 0, a * u_i, 0.0), axis=0, keep_dims=True)
-                g = tl.sum(tl.where(a != 0, a * g_i, 0.0), axis=0, keep_dims=True)
-                at, valid = offsets[None, :], mask[None, :]
-                move(theta, s0, s1, s2, at, valid, joint, g, state, c, lr, keep, KIND, DTYPE)
+                move(theta, offsets, valid, joint, numbers, T if PER_TASK else 1, DTYPE)
+                if PER_TASK:
+                    starts = row_starts(row_i, q0, q1, q2)
+                    store_state(s0, s1, s2, starts, offsets, mask & valid, new, KIND)
+                else:
+                    g = tl.sum(tl.where(a != 0, a * g_i, 0.0), axis=0, keep_dims=True)
+                    _u, new = advance(g, state, c, KIND)
+                    store_state(s0, s1, s2, (0, 0, 0), offsets, valid, new, KIND)
         total += tile.to(tl.float64)
     index = tl.arange(0, LENGTH)
     is_last, result = sum_up(
@@ -304,21 +380,20 @@ def constants_for(tiling: Tiling, n_tasks: int, with_apply: bool) -> dict[str, A
 
 
 def _run(
-    rule: Rule | None,
-    step: int,
+    kind: int,
+    numbers: Tensor | None,
     grads: Tensor,
-    state: tuple[Tensor, ...],
+    state: Sequence[Tensor],
     gram: Tensor,
-    params: Tensor | None,
-    weights: Tensor | None,
-    lr: float,
-    weight_decay: float,
+    params: Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    segments: Tensor | None = None,
+    sigma: Tensor | None = None,
+    skip: Tensor | None = None,
     tiling: Tiling,
 ) -> None:
-    """Launch one pass: search, or with `params` and `weights` search and apply.
-
-    `rule` None: u_i = g_i.
-    """
+    """Launch one pass: search, or with `params` and `weights` search and apply."""
     n_tasks, size = grads.shape
     constants = constants_for(tiling, n_tasks, params is not None)
     programs = programs_for(size, tiling)
@@ -330,20 +405,19 @@ def _run(
         (programs, n_pairs),
         grads.device,
         tiling,
-        grads,
-        *state,
-        *(None,) * (3 - len(state)),
+        *streams(numbers, grads, state),
         params,
         weights,
+        segments,
+        sigma,
+        skip,
+        0 if sigma is None else sigma.shape[1],
         gram,
         partial,
         arrived,
-        size,
-        grads.stride(0),
-        *coefficients(rule, step),
-        lr,
-        1.0 - lr * weight_decay,
-        KIND=NO_RULE if rule is None else rule.kind,
+        KIND=kind,
+        PER_TASK=is_per_task(state),
+        STEPS=steps_for(sigma),
         DTYPE=working_type(grads),
         **constants,
     )
@@ -355,21 +429,23 @@ def _default(grads: Tensor, with_apply: bool) -> Tiling:
 
 
 def search(
-    rule: Rule,
-    step: int,
+    kind: int,
+    numbers: Tensor,
     grads: Tensor,
-    state: tuple[Tensor, ...],
+    state: Sequence[Tensor],
     gram: Tensor,
     *,
+    segments: Tensor | None = None,
+    sigma: Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> None:
-    """The contract's `search` (ops/__init__.py) with state shared by the tasks and no Clippy.
+    """The contract's `search` (ops/__init__.py), with the factors `sigma` made before.
 
     Arguments are taken as checked. `gram` is written.
     """
     if tiling is None:
         tiling = _default(grads, with_apply=False)
-    _run(rule, step, grads, state, gram, None, None, 0.0, 0.0, tiling)
+    _run(kind, numbers, grads, state, gram, segments=segments, sigma=sigma, tiling=tiling)
 
 
 def gram(grads: Tensor, gram: Tensor, *, tiling: Tiling | None = None) -> None:
@@ -379,23 +455,24 @@ def gram(grads: Tensor, gram: Tensor, *, tiling: Tiling | None = None) -> None:
     """
     if tiling is None:
         tiling = _default(grads, with_apply=False)
-    _run(None, 1, grads, (), gram, None, None, 0.0, 0.0, tiling)
+    _run(NO_RULE.value, None, grads, (), gram, tiling=tiling)
 
 
 def delayed(
-    rule: Rule,
-    step: int,
+    kind: int,
+    numbers: Tensor,
     grads: Tensor,
-    state: tuple[Tensor, ...],
+    state: Sequence[Tensor],
     params: Tensor,
     weights: Tensor,
     gram: Tensor,
-    lr: float,
-    weight_decay: float = 0.0,
     *,
+    segments: Tensor | None = None,
+    sigma: Tensor | None = None,
+    skip: Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> None:
-    """The contract's `delayed` (ops/__init__.py) with state shared by the tasks and no Clippy.
+    """The contract's `delayed` (ops/__init__.py), with the factors `sigma` made before.
 
     Where one row tile cannot hold all tasks this is search, then apply: programs of other tiles
     still read what apply writes. Arguments are taken as checked; `params`, `state` and `gram` are
@@ -403,8 +480,11 @@ def delayed(
     """
     if tiling is None:
         tiling = _default(grads, with_apply=True)
+    rows = kind, numbers, grads, state
+    moved = params, weights
+    clipped = {"segments": segments, "sigma": sigma}
     if tiling.tile is not None and len(grads) > tiling.tile:
-        search(rule, step, grads, state, gram, tiling=tiling)
-        apply(rule, step, grads, state, params, weights, lr, weight_decay)
+        search(*rows, gram, **clipped, tiling=tiling)
+        apply(*rows, *moved, **clipped, skip=skip)
         return
-    _run(rule, step, grads, state, gram, params, weights, lr, weight_decay, tiling)
+    _run(*rows, gram, *moved, **clipped, skip=skip, tiling=tiling)
