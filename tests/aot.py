@@ -1,8 +1,8 @@
-"""Compile the Triton kernels for one GPU architecture without a GPU; print what came out as JSON.
+"""Compile every Triton kernel for one GPU without a GPU; print what came out as JSON.
 
-Run as `python tests/aot.py 90` without TRITON_INTERPRET and with a fresh TRITON_CACHE_DIR:
-test_triton_aot.py does. The launchers run as they are, on CPU tensors, up to the point where
-Triton would start the compiled kernel: a driver that only names the architecture stands in.
+Run as `python tests/aot.py cuda:90` or `python tests/aot.py hip:gfx942`, without TRITON_INTERPRET
+and with a fresh TRITON_CACHE_DIR: test_triton_aot.py does. The ops of the GPU backend run as they
+are, on CPU tensors, up to the point where Triton would start the compiled kernel.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import generated_code
 import torch
 import triton
+import triton.language as tl
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
-from fastmto.ops import (
-    triton_apply,
-    triton_combine,
-    triton_launch,
-    triton_perturb,
-    triton_search,
-)
-from fastmto.ops.triton_launch import Tiling
+from fastmto.ops import gpu
 from fastmto.rules import AdaGrad, Adam, RMSProp, Rule
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 #: Coordinates and row stride, a multiple of 16, as FlatParameters makes them.
 NUMEL = 4096
+#: Kernels' names of memory with P elements or more.
+STREAMS = ("grads", "s0", "s1", "s2", "theta", "out", "direction")
+single, half, double = torch.float32, torch.bfloat16, torch.float64
 
 
-class NamedArchitecture:
+class NamedTarget:
     """What Triton asks a driver for before it compiles."""
 
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+        return self.target
 
     def get_current_device(self) -> int:
         return 0
@@ -50,8 +50,8 @@ class NamedArchitecture:
         return 0
 
 
-def described(made: Any) -> dict[str, Any]:
-    """Registers, local and shared memory of a compiled kernel, and its memory instructions."""
+def described_cuda(made: Any) -> dict[str, Any]:
+    """Registers and local memory of a kernel, and its memory and floating-point instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -61,105 +61,250 @@ def described(made: Any) -> dict[str, Any]:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump said nothing about registers: {usage}")
-    ptx = made.asm["ptx"]
+    ptx, signature = made.asm["ptx"], made.src.signature
+    parameters = [
+        name if kind.startswith("*") else ""
+        for name, kind in signature.items()
+        if kind != "constexpr"
+    ]
+    narrow, looked_at = generated_code.narrow_offsets(made.asm["ttgir"], STREAMS)
     return {
         "registers": int(found[1]),
-        "stack": int(found[2]) + int(found[3]),
-        "shared": made.metadata.shared,
-        "loads": re.findall(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)\S*.*", ptx),
-        "stores": re.findall(r"st\.global\S*", ptx),
+        "spilled": int(found[2]) + int(found[3]),
+        "accesses": generated_code.accesses(ptx, parameters),
+        "narrow": narrow,
+        "looked_at": looked_at,
         "fused": re.findall(r"\bfma\.\S+", ptx),
         "rounded": re.findall(r"\b(?:mul|add|sub|sqrt|div)\.\S*f(?:32|64)", ptx),
         "order": re.findall(r"bar\.sync|atom\S*|st\.global|ld\.global\.cg", ptx),
-        "signature": made.src.signature,
+        "exchanges": ptx.count("shfl.sync"),
+    }
+
+
+def described_hip(made: Any) -> dict[str, Any]:
+    """Registers and scratch memory of a kernel."""
+    code = made.asm["amdgcn"]
+    numbers = {name: int(n) for name, n in re.findall(r"\.(\w+):\s+(\d+)$", code, re.MULTILINE)}
+    return {
+        "registers": numbers["vgpr_count"],
+        "spilled": numbers["private_segment_fixed_size"],
     }
 
 
 class Recorder:
-    """Stands in for `triton_launch.launch`: compiles, does not start."""
+    """Stands in for `JITFunction.run`: compiles, does not start."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str) -> None:
         self.kernels: dict[str, dict[str, Any]] = {}
-        self.name = ""
+        self.case = ""
+        self._run = JITFunction.run
+        self._described = described_cuda if backend == "cuda" else described_hip
 
-    def __call__(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        device: torch.device,
-        tiling: Tiling,
-        *args: Any,
-        **constants: Any,
-    ) -> None:
-        made = kernel.warmup(*args, grid=grid, **constants, **triton_launch.options(tiling))
-        self.kernels[self.name] = described(made)
+    def __call__(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        del warmup
+        made = self._run(kernel, *args, grid=grid, warmup=True, **options)
+        self.kernels[f"{self.case} | {kernel.fn.__name__}"] = {
+            "shared": made.metadata.shared,
+            "signature": made.src.signature,
+            **self._described(made),
+        }
 
 
-def compile_all(record: Recorder) -> None:
-    """Call the launchers for all that is tried; none of them is told it is not for real."""
-    single, half, double = torch.float32, torch.bfloat16, torch.float64
-    adam = Adam()
-    others = (AdaGrad(), RMSProp(), RMSProp(momentum=0.9, centered=True))
+@triton.jit
+def narrow_block(grads, out, P, BLOCK: tl.constexpr):
+    """Wrong: the block's first coordinate in 32 bits."""
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < P
+    tl.store(out + offsets, tl.load(grads + offsets, mask=mask), mask=mask)
+
+
+@triton.jit
+def narrow_late(grads, out, P: tl.int64, BLOCK: tl.constexpr):
+    """Wrong: made wide after the product."""
+    offsets = (tl.program_id(0) * BLOCK).to(tl.int64) + tl.arange(0, BLOCK)
+    mask = offsets < P
+    tl.store(out + offsets, tl.load(grads + offsets, mask=mask), mask=mask)
+
+
+@triton.jit
+def narrow_turns(grads, out, P: tl.int64, BLOCK: tl.constexpr):
+    """Wrong: 32 bits for the place in a loop, though the program's own place has 64."""
+    first = tl.program_id(0).to(tl.int64) * 1000 * BLOCK
+    for turn in range(1000):
+        offsets = first + turn * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < P
+        tl.store(out + offsets, tl.load(grads + offsets, mask=mask), mask=mask)
+
+
+@triton.jit
+def narrow_carried(grads, out, P: tl.int64, BLOCK: tl.constexpr):
+    """Wrong: a 32-bit offset that grows from turn to turn."""
+    offsets = tl.program_id(0) + tl.arange(0, BLOCK)
+    for _turn in range(tl.cdiv(P, BLOCK)):
+        mask = offsets < P
+        tl.store(out + offsets, tl.load(grads + offsets, mask=mask), mask=mask)
+        offsets += BLOCK
+
+
+@triton.jit
+def wide_block(grads, out, P: tl.int64, BLOCK: tl.constexpr):
+    """Right."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < P
+    tl.store(out + offsets, tl.load(grads + offsets, mask=mask), mask=mask)
+
+
+def compile_controls(record: Recorder) -> None:
+    """Kernels by which the inspection of addresses is itself tested."""
+    for kernel in (narrow_block, narrow_late, narrow_turns, narrow_carried, wide_block):
+        record.case = "control"
+        kernel[(4,)](torch.zeros(NUMEL), torch.zeros(NUMEL), NUMEL, BLOCK=1024)
+
+
+def compile_without_a_rule(record: Recorder) -> None:
     for dtype, n_tasks in (
-        (single, 1),
-        (single, 2),
-        (single, 3),
-        (single, 8),
-        (single, 32),
-        (single, 64),
-        (half, 2),
-        (half, 8),
-        (double, 2),
-        (double, 8),
+        *((single, n) for n in (1, 2, 3, 8, 32, 64)),
+        *((half, n) for n in (2, 8)),
+        *((double, n) for n in (2, 8)),
     ):
-        record.name = f"gram {dtype} T={n_tasks}"
-        triton_search.gram(
+        record.case = f"gram {dtype} T={n_tasks}"
+        gpu.gram(
             torch.zeros(n_tasks, NUMEL, dtype=dtype), torch.zeros(n_tasks, n_tasks, dtype=double)
         )
+    for dtype, n_tasks in ((single, 2), (single, 8), (single, 32), (half, 2), (double, 2)):
+        record.case = f"combine {dtype} T={n_tasks}"
+        out = torch.zeros(NUMEL, dtype=dtype)
+        gpu.combine(torch.zeros(n_tasks, NUMEL, dtype=dtype), torch.ones(n_tasks).double(), out)
+    for dtype in (single, half, torch.float16, double):
+        record.case = f"check {dtype}"
+        gpu.check(torch.zeros(2, NUMEL, dtype=dtype), torch.zeros(1, dtype=torch.int32))
     for dtype in (single, double):
         params, rows = torch.zeros(NUMEL, dtype=dtype), torch.zeros(8, NUMEL, dtype=dtype)
         scale = torch.ones(8, dtype=double)
-        for distribution in triton_perturb.KERNELS:
-            record.name = f"perturb {dtype} {distribution}"
-            triton_perturb.perturb(params, rows, scale, None, 2**64 - 1, 1, distribution)
-        for direction in (params, rows):
-            record.name = f"perturb {dtype} given {direction.dim()}"
-            triton_perturb.perturb(params, rows, scale, direction, None, 0, "")
-    configurations: list[tuple[torch.dtype, int, Rule, tuple[str, ...]]] = [
-        (single, 2, adam, ("search", "delayed", "apply", "combine")),
-        (single, 3, adam, ("search", "delayed")),
-        (single, 8, adam, ("search", "delayed", "apply", "combine")),
-        (single, 32, adam, ("search", "delayed", "apply", "combine")),
-        (single, 128, adam, ("search",)),
-        *((single, 2, rule, ("search", "delayed", "apply")) for rule in others),
-        (half, 2, adam, ("search", "apply", "combine")),
+        for distribution in ("gaussian", "rademacher"):
+            record.case = f"perturb {dtype} {distribution}"
+            gpu.perturb(
+                params, rows, scale=scale, seed=2**64 - 1, offset=1, distribution=distribution
+            )
+        record.case = f"perturb {dtype} given"
+        gpu.perturb(params, rows, scale=scale, direction=rows.clone())
+
+
+def compile_control(record: Recorder) -> None:
+    for rows in (1, 3):
+        numbers = gpu_numbers(Adam(), rows)
+        counts, active = torch.zeros(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.int32)
+        found, tally = torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+        record.case = f"clock R={rows}"
+        gpu.clock(torch.zeros(rows, 7, dtype=double), counts, active, numbers, found)
+        record.case = f"advance R={rows}"
+        gpu.advance(counts, active, found, tally)
+
+
+def compile_solvers(record: Recorder) -> None:
+    for n_tasks in (8, 32, 64):
+        gram, weights = torch.eye(n_tasks, dtype=double), torch.ones(n_tasks, dtype=double)
+        info = torch.zeros(4, dtype=double)
+        record.case = f"bargaining T={n_tasks}"
+        gpu.bargaining(gram, weights, info)
+        record.case = f"bargaining T={n_tasks} preference"
+        gpu.bargaining(gram, weights, info, preference=torch.ones(n_tasks, dtype=double))
+        record.case = f"mgda T={n_tasks}"
+        gpu.mgda(gram, weights, info)
+
+
+def gpu_numbers(rule: Rule, rows: int) -> Tensor:
+    return torch.tensor([rule.numbers(3, 0.1, 0.01)] * rows, dtype=double)
+
+
+def compile_rules(record: Recorder) -> None:
+    adam = Adam()
+    others = (AdaGrad(), RMSProp(), RMSProp(momentum=0.9, centered=True))
+    every = ("search", "delayed", "apply")
+    plain: list[tuple[torch.dtype, int, Rule, tuple[str, ...]]] = [
+        (single, 2, adam, every),
+        (single, 3, adam, every[:2]),
+        (single, 8, adam, every),
+        (single, 32, adam, every),
+        (single, 128, adam, every[:1]),
+        *((single, 2, rule, every) for rule in others),
+        (half, 2, adam, ("search", "apply")),
         (half, 8, adam, ("delayed",)),
         (double, 2, adam, ("search", "apply")),
         (double, 8, adam, ("delayed",)),
     ]
-    for dtype, n_tasks, rule, passes in configurations:
-        maths = double if dtype == double else single
-        grads = torch.zeros(n_tasks, NUMEL, dtype=dtype)
-        state = tuple(torch.zeros(NUMEL, dtype=maths) for _ in rule.state_names)
-        params = torch.zeros(NUMEL, dtype=dtype)
-        weights = torch.ones(n_tasks, dtype=double)
-        gram = torch.zeros(n_tasks, n_tasks, dtype=double)
-        for name in passes:
-            record.name = f"{name} {dtype} T={n_tasks} kind={rule.kind}"
-            if name == "search":
-                triton_search.search(rule, 3, grads, state, gram)
-            elif name == "delayed":
-                triton_search.delayed(rule, 3, grads, state, params, weights, gram, 0.1, 0.01)
-            elif name == "apply":
-                triton_apply.apply(rule, 3, grads, state, params, weights, 0.1, 0.01)
-            else:
-                triton_combine.combine(grads, weights, params)
+    own = [
+        (single, 2, adam, every),
+        (single, 8, adam, every),
+        (single, 32, adam, every[:1]),
+        (half, 2, adam, every[:1]),
+        (double, 2, adam, ("delayed",)),
+    ]
+    clipped = [
+        (single, 2, adam, every),
+        (single, 8, adam, every),
+        (single, 32, adam, every[:1]),
+        (single, 2, others[-1], every),
+        (half, 2, adam, every),
+        (double, 2, adam, ("delayed",)),
+    ]
+    for modifier, configurations in (
+        ("", plain),
+        ("adatask", own),
+        ("clippy", clipped),
+        ("both", [(single, 2, adam, every), (half, 2, adam, ("delayed",))]),
+    ):
+        for dtype, n_tasks, rule, passes in configurations:
+            for name in passes:
+                record.case = f"{name} {dtype} T={n_tasks} kind={rule.kind} {modifier}".strip()
+                compile_pass(name, dtype, n_tasks, rule, modifier)
+
+
+def compile_pass(name: str, dtype: torch.dtype, n_tasks: int, rule: Rule, modifier: str) -> None:
+    maths = double if dtype == double else single
+    own, clipped = modifier in ("adatask", "both"), modifier in ("clippy", "both")
+    shape = (n_tasks, NUMEL) if own else (NUMEL,)
+    numbers = gpu_numbers(rule, n_tasks if own else 1)
+    grads = torch.zeros(n_tasks, NUMEL, dtype=dtype)
+    state = [torch.zeros(shape, dtype=maths) for _ in rule.state_names]
+    params = torch.zeros(NUMEL, dtype=dtype)
+    weights = torch.ones(n_tasks, dtype=double)
+    gram = torch.zeros(n_tasks, n_tasks, dtype=double)
+    skip = torch.zeros(1, dtype=torch.int32)
+    factors: dict[str, Any] = {}
+    if clipped:
+        factors["segments"] = torch.tensor([0, 1, 65, 2000, NUMEL])
+        factors["sigma"] = torch.ones(n_tasks, 4, dtype=double)
+    if name == "search":
+        changes = {**factors, "clippy": (0.5, 0.01), "params": params} if clipped else {}
+        gpu.search(rule.kind, numbers, grads, state, gram, **changes)
+    elif name == "apply":
+        gpu.apply(rule.kind, numbers, grads, state, params, weights, **factors, skip=skip)
+    else:
+        if clipped:
+            factors["clippy"] = (0.5, 0.01)
+        gpu.delayed(rule.kind, numbers, grads, state, params, weights, gram, **factors, skip=skip)
+
+
+def main(target: str) -> None:
+    backend, arch = target.split(":")
+    if backend == "hip":
+        # What torch says on a machine with such a GPU.
+        torch.version.hip = "6"
+        named = NamedTarget(GPUTarget("hip", arch, 64))
+    else:
+        named = NamedTarget(GPUTarget("cuda", int(arch), 32))
+    triton.runtime.driver.set_active(named)
+    record = Recorder(backend)
+    JITFunction.run = lambda kernel, *args, **options: record(kernel, *args, **options)
+    if backend == "cuda":
+        compile_controls(record)
+    compile_without_a_rule(record)
+    compile_control(record)
+    compile_solvers(record)
+    compile_rules(record)
+    sys.stdout.write(json.dumps(record.kernels))
 
 
 if __name__ == "__main__":
-    triton.runtime.driver.set_active(NamedArchitecture(int(sys.argv[1])))
-    recorder = Recorder()
-    for module in (triton_search, triton_apply, triton_combine, triton_perturb):
-        module.launch = recorder
-    compile_all(recorder)
-    sys.stdout.write(json.dumps(recorder.kernels))
+    main(sys.argv[1])

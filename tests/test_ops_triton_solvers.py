@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import samplers
 import torch
-from ahead_of_time import compiled
 from samplers import Array
 
 from fastmto import solvers
@@ -308,35 +307,3 @@ def test_wrong_preferences_are_named() -> None:
     for bad in (torch.ones(2).double(), torch.ones(3), torch.ones(6).double()[::2]):
         with pytest.raises(ValueError, match=r"^preference must"):
             gpu.bargaining(*arguments, preference=bad)
-
-
-@pytest.fixture(scope="module", params=[80, 90, 100], ids=lambda arch: f"sm_{arch}")
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Result of compiling without a GPU, by kernel; in a process that does not interpret."""
-    return compiled("aot_solvers.py", request.param, tmp_path_factory)
-
-
-@pytest.mark.slow
-def test_compiles_without_spills_and_fits_shared_memory(kernels: dict[str, Any]) -> None:
-    assert len(kernels) == 9
-    for name, made in kernels.items():
-        # At most 24 bytes with Triton 3.6.0 and 3.7.1: two matrices in one warp's registers.
-        assert made["stack"] <= (64 if name.startswith("bargaining T=32") else 0), name
-        assert made["shared"] <= 4096, name
-
-
-@pytest.mark.slow
-def test_maths_is_float64(kernels: dict[str, Any]) -> None:
-    for name, made in kernels.items():
-        assert made["fused"], name
-        assert {operation.split(".")[-1] for operation in made["fused"]} == {"f64"}, name
-        assert {operation.split(".")[-1] for operation in made["rounded"]} == {"f64"}, name
-        numbers = {made["signature"].get(number, "fp64") for number in ("tol", "ridge")}
-        assert numbers == {"fp64"}, name
-
-
-@pytest.mark.slow
-def test_sums_over_a_matrix_cross_no_threads(kernels: dict[str, Any]) -> None:
-    """Thousands of exchanges are what another layout of the matrices makes of them."""
-    for name, made in kernels.items():
-        assert made["exchanges"] <= 300, name

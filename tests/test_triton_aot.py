@@ -1,6 +1,6 @@
 """Every Triton kernel builds for the GPUs we name, without one: ahead-of-time compilation.
 
-In a process of its own (aot.py), as this one may be interpreting, and with an empty cache folder.
+In processes of their own (aot.py), as this one may be interpreting, and with empty cache folders.
 What Triton's binder makes of the launchers' arguments is part of it.
 """
 
@@ -9,94 +9,178 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ahead_of_time import compiled
+from ahead_of_time import CUDA, HIP, compiled
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
-#: Loads of single weights, and of other programs' sums.
-NOT_STREAMS = {"ld.global.b64", "ld.global.cg.b64", "ld.global.cg.v2.b64"}
+pytestmark = pytest.mark.slow
+
+OPS = {
+    *("search", "delayed", "apply", "combine", "gram", "check", "perturb"),
+    *("clock", "advance", "bargaining", "mgda"),
+}
+STREAMS = {"grads", "s0", "s1", "s2", "theta", "out", "direction"}
+VERSION = ".".join(triton.__version__.split(".")[:2])
+#: Most bytes a thread may spill, by Triton's version and the kernels' first words. Others: none.
+SPILLS: dict[str, dict[str, int]] = {
+    "3.6": {"bargaining T=32": 64},
+    "3.7": {"bargaining T=32": 64},
+}
 
 
-@pytest.fixture(scope="module", params=[80, 90, 100], ids=lambda arch: f"sm_{arch}")
+@pytest.fixture(scope="module", params=CUDA)
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Result of compiling, by kernel."""
-    return compiled("aot.py", request.param, tmp_path_factory)
+    """What came out for an NVIDIA GPU, by "op dtype T=... | kernel"."""
+    found = compiled(request.param, tmp_path_factory)
+    return {name: made for name, made in found.items() if not name.startswith("control")}
+
+
+@pytest.fixture(scope="module", params=CUDA)
+def controls(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What came out of the kernels that are wrong on purpose, and of a right one, by name."""
+    found = compiled(request.param, tmp_path_factory)
+    return {
+        name.split(" | ")[1]: made for name, made in found.items() if name.startswith("control")
+    }
+
+
+def starting(kernels: dict[str, Any], *heads: str) -> dict[str, Any]:
+    found = {name: made for name, made in kernels.items() if name.startswith(heads)}
+    assert found
+    return found
 
 
 def is_tiled(name: str) -> bool:
-    return any(f"T={n}" in name for n in (32, 64, 128))
+    return any(f"T={n} " in name for n in (32, 64, 128))
 
 
-@pytest.mark.slow
+def spilled_beyond_bounds(kernels: dict[str, Any]) -> dict[str, int]:
+    bounds = SPILLS.get(VERSION, {})
+    found = {}
+    for name, made in kernels.items():
+        bound = max((b for head, b in bounds.items() if name.startswith(head)), default=0)
+        if made["spilled"] > bound:
+            found[name] = made["spilled"]
+    return found
+
+
 def test_compiles_without_spills_and_fits_shared_memory(kernels: dict[str, Any]) -> None:
-    assert {name.split()[0] for name in kernels} == {
-        "search",
-        "delayed",
-        "apply",
-        "combine",
-        "gram",
-        "perturb",
-    }
-    assert {name: made["stack"] for name, made in kernels.items() if made["stack"]} == {}
+    assert {name.split()[0] for name in kernels} == OPS
+    assert spilled_beyond_bounds(kernels) == {}
     # What a program may have on every GPU since sm_80.
     assert max(made["shared"] for made in kernels.values()) <= 99 * 1024
+    assert max(m["shared"] for m in starting(kernels, "bargaining", "mgda").values()) <= 4096
 
 
-@pytest.mark.slow
-def test_numbers_reach_the_kernels_in_double_precision(kernels: dict[str, Any]) -> None:
+@pytest.mark.parametrize("target", HIP)
+def test_compiles_for_amd(target: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    kernels = compiled(target, tmp_path_factory)
+    assert {name.split()[0] for name in kernels} == OPS
+    assert spilled_beyond_bounds(kernels) == {}
+    # What a program may have on gfx942.
+    assert max(made["shared"] for made in kernels.values()) <= 64 * 1024
+
+
+def test_sizes_reach_the_kernels_in_64_bits_and_numbers_in_double_precision(
+    kernels: dict[str, Any],
+) -> None:
     for name, made in kernels.items():
         signature = made["signature"]
-        assert signature["P"] == signature["stride"] == "i64", name
-        numbers = [signature.get(number, "fp64") for number in ("b1", "d2", "c2", "eps", "keep")]
-        assert set(numbers) == {"fp64"}, name
+        if STREAMS & signature.keys():
+            assert signature["P"] == "i64", name
+        for size in ("P", "stride", "along"):
+            assert signature.get(size, "i64") in ("i64", "constexpr"), name
+        for number in ("numbers", "weights", "scale", "hyper", "sigma"):
+            assert signature.get(number, "*fp64") in ("*fp64", "constexpr"), name
+        for number in ("tol", "ridge"):
+            assert signature.get(number, "fp64") == "fp64", name
 
 
-@pytest.mark.slow
-def test_streams_are_read_and_written_16_bytes_at_a_time(kernels: dict[str, Any]) -> None:
-    streaming = {
-        name: made
-        for name, made in kernels.items()
-        if "float32" in name
-        and not (name.startswith(("search", "gram")) and is_tiled(name))
-        # There a thread takes two coordinates, or tiles.
-        and not name.startswith(("delayed torch.float32 T=8", "delayed torch.float32 T=32"))
+def test_offsets_of_streams_are_formed_in_64_bits(kernels: dict[str, Any]) -> None:
+    """At P > 2^31 a product of 32 bits would wrap."""
+    streaming = {name: made for name, made in kernels.items() if made["looked_at"]}
+    assert {name.split()[0] for name in streaming} == OPS - {
+        *("clock", "advance", "bargaining", "mgda")
     }
-    assert len(streaming) >= 23
-    for name, made in streaming.items():
-        loads = {load.split()[0] for load in made["loads"]} - NOT_STREAMS
-        assert loads == {"ld.global.v4.b32"}, name
-        if not name.startswith(("search", "gram")):
-            assert "st.global.v4.b32" in made["stores"], name
-
-
-@pytest.mark.slow
-def test_every_operation_of_perturb_rounds_as_on_the_cpu(kernels: dict[str, Any]) -> None:
-    names = [name for name in kernels if name.startswith("perturb")]
-    assert len(names) == 8
-    for name in names:
-        assert kernels[name]["fused"] == [], name
-        assert kernels[name]["rounded"], name
-        assert all(".rn.f" in operation for operation in kernels[name]["rounded"]), name
-
-
-@pytest.mark.slow
-def test_tiles_are_fetched_16_bytes_at_a_time(kernels: dict[str, Any]) -> None:
-    tiled = [name for name in kernels if name.startswith(("search", "gram")) and is_tiled(name)]
-    assert len(tiled) == 4
-    for name in tiled:
-        copies = [load for load in kernels[name]["loads"] if load.startswith("cp.async.cg")]
-        assert copies, name
-        assert all(", 0x10," in load for load in copies), name
-
-
-@pytest.mark.slow
-def test_a_barrier_stands_between_a_programs_sum_and_its_arrival(kernels: dict[str, Any]) -> None:
     for name, made in kernels.items():
-        if name.startswith(("search", "delayed", "gram")):
-            order = made["order"]
-            (arrival,) = (k for k, word in enumerate(order) if word.startswith("atom"))
-            assert order[arrival] == "atom.global.gpu.acq_rel.add.u32", name
-            assert order[arrival - 2 : arrival] == ["st.global", "bar.sync"], name
-            assert order[arrival + 1] == "bar.sync", name
-            assert "ld.global.cg" in order[arrival:], name
-            assert "ld.global.cg" not in order[:arrival], name
+        assert made["narrow"] == [], name
+        assert (made["looked_at"] > 0) == bool(STREAMS & made["accesses"].keys()), name
+
+
+def test_the_inspection_of_offsets_finds_narrow_ones(controls: dict[str, Any]) -> None:
+    assert len(controls) == 5
+    for name, made in controls.items():
+        assert made["looked_at"] == 2, name
+        assert bool(made["narrow"]) == name.startswith("narrow"), name
+    (line,) = (x for x in controls["narrow_late"]["narrow"] if "arith.muli" in x)
+    assert line.endswith(": i32")
+
+
+def widths(made: dict[str, Any]) -> dict[str, set[int]]:
+    """Bytes a thread moves at a time, by stream."""
+    accesses = made["accesses"].items()
+    return {
+        stream: {width for found in kinds.values() for width in found}
+        for stream, kinds in accesses
+        if stream in STREAMS
+    }
+
+
+#: Kernels with wide reads of gradients whose other streams come as registers allow.
+NARROWER = ("delayed torch.float32 T=8", "delayed torch.bfloat16 T=8", "delayed torch.float64 T=8")
+
+
+def test_streams_are_read_and_written_16_bytes_at_a_time(kernels: dict[str, Any]) -> None:
+    seen = set()
+    for name, made in kernels.items():
+        if is_tiled(name) and name.startswith(("search", "gram", "delayed")):
+            continue
+        for stream, found in widths(made).items():
+            least = 8 if name.startswith(NARROWER) else 16
+            assert min(found) >= least, (name, stream, found)
+            seen.add(stream)
+    assert seen == STREAMS
+
+
+def test_tiles_are_fetched_16_bytes_at_a_time(kernels: dict[str, Any]) -> None:
+    tiled = {n: made for n, made in starting(kernels, "search", "gram").items() if is_tiled(n)}
+    assert len(tiled) >= 4
+    for name, made in tiled.items():
+        assert set(made["accesses"]["grads"]["cp"]) == {16}, name
+
+
+def test_every_operation_of_perturb_rounds_as_on_the_cpu(kernels: dict[str, Any]) -> None:
+    found = starting(kernels, "perturb", "clock")
+    assert len(found) == 8
+    for name, made in found.items():
+        assert made["fused"] == [], name
+        assert made["rounded"], name
+        assert all(".rn.f" in operation for operation in made["rounded"]), name
+
+
+def test_a_barrier_stands_between_a_programs_sum_and_its_arrival(kernels: dict[str, Any]) -> None:
+    summed = {name: made for name, made in kernels.items() if "partial" in made["accesses"]}
+    assert {name.split()[0] for name in summed} >= {"search", "delayed", "gram"}
+    for name, made in summed.items():
+        order = made["order"]
+        (arrival,) = (k for k, word in enumerate(order) if word.startswith("atom"))
+        assert order[arrival] == "atom.global.gpu.acq_rel.add.u32", name
+        assert order[arrival - 2 : arrival] == ["st.global", "bar.sync"], name
+        assert order[arrival + 1] == "bar.sync", name
+        assert "ld.global.cg" in order[arrival:], name
+        assert "ld.global.cg" not in order[:arrival], name
+
+
+def test_the_solvers_maths_is_float64(kernels: dict[str, Any]) -> None:
+    found = starting(kernels, "bargaining", "mgda")
+    assert len(found) == 9
+    for name, made in found.items():
+        assert made["fused"], name
+        assert {operation.split(".")[-1] for operation in made["fused"]} == {"f64"}, name
+        assert {operation.split(".")[-1] for operation in made["rounded"]} == {"f64"}, name
+
+
+def test_sums_over_a_matrix_cross_no_threads(kernels: dict[str, Any]) -> None:
+    """Thousands of exchanges are what another layout of the matrices makes of them."""
+    for name, made in starting(kernels, "bargaining", "mgda").items():
+        assert made["exchanges"] <= 300, name

@@ -75,18 +75,18 @@ def clock_kernel(
         # Where it is not asked for 1 - b2^t may be 0.
         c1 = tl.where(corrected, one / tl.where(corrected, complement(b1, t), 1.0), 0.0)
         c2 = tl.where(corrected, one / tl.sqrt(tl.where(corrected, complement(b2, t), 1.0)), 0.0)
-        out = numbers + r * N_NUMBERS
-        tl.store(out, b1, mask=inside)
-        tl.store(out + 1, one - b1, mask=inside)
-        tl.store(out + 2, b2, mask=inside)
-        tl.store(out + 3, one - b2, mask=inside)
-        tl.store(out + 4, c1, mask=inside)
-        tl.store(out + 5, c2, mask=inside)
-        tl.store(out + 6, eps, mask=inside)
-        tl.store(out + 7, mu, mask=inside)
-        tl.store(out + 8, lr, mask=inside)
-        tl.store(out + 9, one - lr * weight_decay, mask=inside)
-        tl.store(out + 10, one, mask=inside)
+        to = numbers + r * N_NUMBERS
+        tl.store(to, b1, mask=inside)
+        tl.store(to + 1, one - b1, mask=inside)
+        tl.store(to + 2, b2, mask=inside)
+        tl.store(to + 3, one - b2, mask=inside)
+        tl.store(to + 4, c1, mask=inside)
+        tl.store(to + 5, c2, mask=inside)
+        tl.store(to + 6, eps, mask=inside)
+        tl.store(to + 7, mu, mask=inside)
+        tl.store(to + 8, lr, mask=inside)
+        tl.store(to + 9, one - lr * weight_decay, mask=inside)
+        tl.store(to + 10, one, mask=inside)
     tl.store(found, 0)
 
 
