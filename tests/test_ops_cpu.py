@@ -349,12 +349,26 @@ def test_no_task_takes_part_in_a_step_of_shared_moments(clippy: Clippy | None) -
 
 
 def test_rates_are_those_of_the_first_active_row() -> None:
-    inputs = build(
-        Case(Adam(), 3, NUMEL, clippy=Clippy(), adatask=True, step=[0, 4, 5], weight_decay=0.1)
-    )
+    inputs = build(Case(Adam(), 3, NUMEL, adatask=True, step=[0, 4, 5], weight_decay=0.1))
     expected = everything(inputs)
     inputs.numbers[2, 8:10] = torch.tensor([torch.nan, torch.nan])
     assert same_bits(everything(inputs), expected)
+
+
+def test_clippy_takes_the_rate_of_the_tasks_own_row() -> None:
+    inputs, faster = (
+        build(Case(Adam(), 3, NUMEL, clippy=Clippy(), adatask=True, step=[0, 4, 5], lr=lr))
+        for lr in (0.2, 0.4)
+    )
+    (_, sigma), (_, sigma_faster) = search(inputs), search(faster)
+    inputs.numbers[2] = faster.numbers[2]
+    _, mixed = search(inputs)
+    assert sigma is not None
+    assert sigma_faster is not None
+    assert mixed is not None
+    assert torch.equal(mixed[:2], sigma[:2])
+    assert torch.equal(mixed[2], sigma_faster[2])
+    assert (sigma_faster[2] < sigma[2]).any()
 
 
 @pytest.mark.parametrize("adatask", [False, True], ids=["shared", "adatask"])

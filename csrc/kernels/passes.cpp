@@ -264,8 +264,6 @@ void gather(const Update& update, const Clip* clip, const Blocks& blocks, const 
   const auto dtype = static_cast<int>(update.dtype);
   const bool wide = update.dtype == DType::f64;
   const std::int64_t whole[2] = {0, update.numel};
-  const Numbers* const rates = first_active(update);
-  const double lr = rates == nullptr ? 0 : rates->lr;
   if (clip != nullptr) {
     cut(clip->segments, clip->n_segments, items);
     std::fill(clip->sigma, clip->sigma + std::int64_t(update.tasks) * clip->n_segments, 1.0);
@@ -316,6 +314,7 @@ void gather(const Update& update, const Clip* clip, const Blocks& blocks, const 
   // total += sigma_i sigma_j sums_ij with the sigma of tensor s, which is written down.
   const auto add_clipped = [&](double* sums, int s, double* total) {
     for (int t = 0; t < T; ++t) {
+      const double lr = tasks.rows.numbers[update.per_task ? t : 0].lr;
       sums[pairs + t] = clippy_factor(lr, sums[pairs + t]);
       clip->sigma[std::int64_t(tasks.index[t]) * clip->n_segments + s] = sums[pairs + t];
     }

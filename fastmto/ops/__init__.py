@@ -35,7 +35,8 @@ The ops, with u_i the update that the rule makes of g_i with the old moments (ru
     apply       params <- keep params - lr sum_i weights_i u_i, with sigma_is u_i in place of u_i
                 where sigma (and segments) are given, then the moments take one step of the rule on
                 g = sum_i weights_i g_i, or, where every task keeps its own, task i's on g_i alone.
-                keep and lr are those of the first active row of numbers
+                keep and lr are those of the first active row of numbers (sigma_is took lr of task
+                i's own); where there is none nothing is written
     delayed     search and apply with the weights of an earlier search, in one pass (with clippy, in
                 two, with the factors of this search)
     gram        gram_ij = <g_i, g_j>, of the gradients themselves; no rule, no state. gram_ii is NaN
