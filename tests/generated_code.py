@@ -3,6 +3,8 @@ formed."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -29,6 +31,7 @@ def accesses(ptx: str, arguments: Iterable[str]) -> dict[str, dict[str, list[int
             that is none.
     Returns:
         {"grads": {"ld": [16, 16]}, ...}; instructions are ld, st, cp (to shared memory) and atom.
+        Accesses whose address was itself exchanged between threads stand under "".
     """
     pointers = list(arguments)
     needs: dict[str, set[str]] = defaultdict(set)
@@ -56,9 +59,9 @@ def accesses(ptx: str, arguments: Iterable[str]) -> dict[str, dict[str, list[int
         else:
             width = int(match[2] or 1) * int(match[3]) // 8
         names = {name for register in _reached(address, needs) for name in bases[register]}
-        if len(names) != 1:
+        if len(names) > 1:
             raise ValueError(f"no single argument is accessed by {match[0]}: {sorted(names)}")
-        found[names.pop()][kind].append(width)
+        found[names.pop() if names else ""][kind].append(width)
     return {name: dict(kinds) for name, kinds in found.items()}
 
 
@@ -71,122 +74,150 @@ def _reached(start: str, needs: dict[str, set[str]]) -> set[str]:
     return seen
 
 
+@dataclasses.dataclass
+class _Region:
+    """A region of a kernel that is being read."""
+
+    names: dict[str, str]  # text -> unique name of the values defined in it
+    yields: list[str]  # what its yields feed
+    conditions: list[str]  # what the condition of a `while` hands on
+
+
 class _Definitions:
-    """Where every value of a kernel in Triton's IR comes from."""
+    """Where every value of a kernel in Triton's IR comes from.
+
+    Names of values repeat in regions beside each other: here every one has a number of its own.
+    """
 
     def __init__(self, ttgir: str) -> None:
         self.operation: dict[str, str] = {}
-        self.operands: dict[str, list[str]] = defaultdict(list)
+        self.operands: dict[str, list[str]] = {}
         self.type: dict[str, str] = {}
         self.line: dict[str, str] = {}
-        self.addresses: list[tuple[str, str]] = []  # operation and address
-        # Of every region that is open: what its yields feed, and its condition's.
-        self.open: list[tuple[list[str], list[str]]] = []
-        self.depths: list[int] = []
-        depth = 0
+        self.addresses: list[str] = []
+        self.arguments: dict[str, str] = {}
+        self._regions = [_Region({}, [], [])]
         for raw in ttgir.splitlines():
             line = _LOCATION.sub("", raw).strip()
-            if line.startswith(("#", "module", "//")):
-                continue
-            self._read(line, depth)
-            depth += line.count("{") - line.count("}")
-            while self.depths and depth <= self.depths[-1]:
-                self.depths.pop()
-                self.open.pop()
+            if line and not line.startswith(("#", "//", "module")):
+                self._read(line)
 
-    def _add(self, name: str, operation: str, operands: list[str], kind: str, line: str) -> None:
+    def _value(self, text: str) -> str:
+        for region in reversed(self._regions):
+            if text in region.names:
+                return region.names[text]
+        raise ValueError(f"value {text} is used and not defined")
+
+    def _values(self, text: str) -> list[str]:
+        return [self._value(value) for value in _VALUE.findall(text)]
+
+    def _add(self, text: str, operation: str, operands: list[str], kind: str, line: str) -> str:
+        name = f"{text} {len(self.operation)}"
+        self._regions[-1].names[text] = name
         self.operation[name] = operation
-        self.operands[name] += operands
+        self.operands[name] = operands
         self.type[name] = kind
         self.line[name] = line
+        return name
 
-    def _read(self, line: str, depth: int) -> None:
+    def _read(self, line: str) -> None:
+        region = self._regions[-1]
+        if line.startswith("}"):
+            self._regions.pop()
+            if line.startswith("})"):  # the end of a reduction, which says what it gives
+                kinds = _split(line.split(" -> ")[-1].strip("() "))
+                self.type.update(zip(region.yields, kinds, strict=True))
+            if line.endswith("{"):  # else and do
+                self._regions.append(_Region({}, region.yields, region.conditions))
+            return
+        if line.startswith("^bb"):
+            for text, kind, source in itertools.zip_longest(
+                re.findall(r"(%[\w$.-]+): ", line), _block_types(line), region.conditions
+            ):
+                self._add(text, "same", [source] if source else [], kind, line)
+            return
         if line.startswith("tt.func"):
-            for name, kind in re.findall(r"(%[\w$.-]+): (!tt\.ptr<\w+>|\w+)", line):
-                self._add(name, "argument", [], kind, line)
+            self._regions.append(_Region({}, [], []))
+            for text, kind in re.findall(r"(%[\w$.-]+): (!tt\.ptr<\w+>|\w+)", line):
+                self.arguments[text[1:]] = self._add(text, "argument", [], kind, line)
             return
         match = re.match(r'(?:(%[\w$.-]+)(?::(\d+))? = )?"?([a-z_]+\.[a-z_.]+)"?(.*)', line)
         if match is None:
-            self._read_border(line)
-            return
+            raise ValueError(f"not understood: {line}")
         result, count, operation, rest = match.groups()
-        if operation == "scf.for":
-            self._read_for(result, count, rest, line, depth)
-        elif operation == "scf.while":
-            self._read_while(result, count, rest, line, depth)
-        elif operation == "scf.if":
-            results = self._results(result, count, re.search(r"-> \((.*?)\) \{", rest), line)
-            self.open.append((results, []))
-            self.depths.append(depth)
-        elif operation == "scf.yield":
-            if self.open:
-                self._feed(self.open[-1][0], rest)
+        if operation == "scf.yield":
+            self._feed(region.yields, rest)
         elif operation == "scf.condition":
-            self._feed(self.open[-1][1], rest[rest.index(")") :])
+            self._feed(region.conditions, rest[rest.index(")") :])
+        elif operation == "scf.for":
+            self._read_for(result, count, rest, line)
+        elif operation in ("scf.while", "scf.if"):
+            self._read_branch(operation, result, count, rest, line)
+        elif line.endswith("({"):
+            operands = self._values(rest)
+            texts = _results_of(result, count)
+            reduced = [self._add(text, operation, operands, "", line) for text in texts]
+            self._regions.append(_Region({}, reduced, []))
         elif result is not None:
             kind = re.split(r" -> | to |: ", rest)[-1].strip()
-            self._add(result, operation, _VALUE.findall(rest), kind, line)
+            self._add(result, operation, self._values(rest), kind, line)
         if operation in ("tt.load", "tt.store", "tt.atomic_rmw", "ttg.async_copy_global_to_local"):
-            self.addresses.append((operation, _VALUE.findall(rest)[0]))
-
-    def _read_border(self, line: str) -> None:
-        """The second region of a `while`, whose arguments are what the condition hands on."""
-        block = re.match(r"\^bb\d+\((.*)\):", line)
-        if block is None or not self.open or not self.open[-1][1]:
-            return
-        for source, (name, kind) in zip(
-            list(self.open[-1][1]), re.findall(r"(%[\w$.-]+): ([^,]+)", block[1]), strict=False
-        ):
-            self._add(name, "same", [source], kind, line)
-
-    def _results(
-        self, result: str | None, count: str | None, types: re.Match[str] | None, line: str
-    ) -> list[str]:
-        """Names of a region's results, each the same as what is yielded to it."""
-        if result is None:
-            return []
-        names = [result] if count is None else [f"{result}#{k}" for k in range(int(count))]
-        kinds = _split(types[1]) if types is not None else []
-        for name, kind in zip(names, kinds, strict=True):
-            self._add(name, "same", [], kind, line)
-        return names
+            self.addresses.append(self._value(_VALUE.findall(rest)[0]))
 
     def _feed(self, names: list[str], values: str) -> None:
-        for name, value in zip(names, _VALUE.findall(values.split(" : ")[0]), strict=False):
+        for name, value in zip(names, self._values(values.split(" : ")[0]), strict=True):
             self.operands[name].append(value)
 
-    def _read_for(
-        self, result: str | None, count: str | None, rest: str, line: str, depth: int
-    ) -> None:
+    def _results(self, result: str | None, count: str | None, types: str, line: str) -> list[str]:
+        """Names of what a region gives: the same as what is yielded to it."""
+        return [
+            self._add(text, "same", [], kind, line)
+            for text, kind in zip(_results_of(result, count), _split(types), strict=True)
+        ]
+
+    def _read_for(self, result: str | None, count: str | None, rest: str, line: str) -> None:
         head = re.match(r" (%\S+) = (%\S+) to (%\S+) step (%\S+)", rest)
         kind = re.search(r": (i\d+) \{$", rest)
-        assert head is not None, line
-        self._add(head[1], "counter", [head[2], head[4]], kind[1] if kind else "i32", line)
-        names = self._results(result, count, re.search(r"-> \((.*)\)\s*:?", rest), line)
+        given = re.search(r"-> \((.*)\) ", rest)
         carried = re.search(r"iter_args\((.*?)\) ->", rest)
+        if head is None or kind is None:
+            raise ValueError(f"not understood: {line}")
+        bounds = self._values(f"{head[2]} {head[4]}")
         pairs = re.findall(r"(%\S+) = (%[\w$.#-]+)", carried[1]) if carried else []
-        for name, (argument, first) in zip(names, pairs, strict=True):
-            self._add(argument, "carried", [first, name], self.type[name], line)
-        self.open.append((names, []))
-        self.depths.append(depth)
+        firsts = [self._value(first) for _, first in pairs]
+        names = self._results(result, count, given[1] if given else "", line)
+        self._regions.append(_Region({}, names, []))
+        self._add(head[1], "counter", bounds, kind[1], line)
+        for name, (text, _), first in zip(names, pairs, firsts, strict=True):
+            self._add(text, "carried", [first, name], self.type[name], line)
 
-    def _read_while(
-        self, result: str | None, count: str | None, rest: str, line: str, depth: int
+    def _read_branch(
+        self, operation: str, result: str | None, count: str | None, rest: str, line: str
     ) -> None:
-        pairs = re.findall(r"(%\S+) = (%[\w$.#-]+)", rest.split(" : ")[0])
-        types = re.search(r": \((.*?)\) -> \((.*?)\) \{|: \((.*?)\) -> (.*?) \{", rest)
-        kinds = _split(types[1] or types[3]) if types else []
-        for (argument, first), kind in zip(pairs, kinds, strict=True):
-            self._add(argument, "carried", [first], kind, line)
-        after = (types[2] or types[4]) if types else ""
-        names = []
-        if result is not None:
-            kinds = _split(after)
-            names = [result] if count is None else [f"{result}#{k}" for k in range(int(count))]
-            for name, kind in zip(names, kinds, strict=True):
-                self._add(name, "same", [], kind, line)
-        self.open.append(([argument for argument, _ in pairs], names))
-        self.depths.append(depth)
+        head, _, types = rest.removesuffix(" {").partition(" : ")
+        before, _, after = (types or head).partition(" -> ")
+        pairs = re.findall(r"(%\S+) = (%[\w$.#-]+)", head)
+        firsts = [self._value(first) for _, first in pairs]
+        names = self._results(result, count, after.strip("() "), line)
+        self._regions.append(_Region({}, names, []))
+        if operation == "scf.while":
+            kinds = _split(before.strip("() "))
+            arguments = [
+                self._add(text, "carried", [first], kind, line)
+                for (text, _), first, kind in zip(pairs, firsts, kinds, strict=True)
+            ]
+            self._regions[-1] = _Region(self._regions[-1].names, arguments, names)
+
+
+def _results_of(result: str | None, count: str | None) -> list[str]:
+    """What an operation's results are called where they are used."""
+    if result is None:
+        return []
+    return [result] if count is None else [f"{result}#{k}" for k in range(int(count))]
+
+
+def _block_types(line: str) -> list[str]:
+    return re.findall(r"%[\w$.-]+: ([^,)]+)", line)
 
 
 def _split(types: str) -> list[str]:
@@ -204,12 +235,8 @@ def _split(types: str) -> list[str]:
 
 #: What may be as large as the number of coordinates, or of programs.
 _UNBOUNDED = {
-    "tt.get_program_id",
-    "tt.get_num_programs",
-    "counter",
-    "arith.trunci",
-    "argument",
-    "tt.load",
+    *("tt.get_program_id", "tt.get_num_programs", "counter", "arith.trunci"),
+    *("argument", "tt.load"),
 }
 #: What an address does not depend on but through the value it reads.
 _ENDS = {"tt.load", "argument"}
@@ -229,36 +256,34 @@ def narrow_offsets(ttgir: str, streams: Iterable[str]) -> tuple[list[str], int]:
         the offending lines, and how many accesses to streams were looked at.
     """
     kernel = _Definitions(ttgir)
-    wanted = {f"%{s}" for s in streams if kernel.operation.get(f"%{s}") == "argument"}
-    wrong: list[str] = []
+    wanted = {kernel.arguments[name] for name in streams if name in kernel.arguments}
+    wrong: set[str] = set()
     looked_at = 0
-    for _, address in kernel.addresses:
+    for address in kernel.addresses:
         seen = _slice(kernel, address)
         if not wanted & seen:
             continue
-        unknown = [name for name in seen if name not in kernel.operation]
-        if unknown:
-            raise ValueError(f"an address depends on values of unknown origin: {unknown}")
-        products = [name for name in seen if kernel.operation[name] in ("arith.muli", "arith.shli")]
         looked_at += 1
+        products = [name for name in seen if kernel.operation[name] in ("arith.muli", "arith.shli")]
         if not any("i64" in kernel.type[name] for name in products):
-            wrong.append(kernel.line[address])
+            wrong.add(kernel.line[address])
         for name in products:
             leaves = {kernel.operation[leaf] for leaf in _slice(kernel, name)}
             if "i64" not in kernel.type[name] and leaves & _UNBOUNDED:
-                wrong.append(kernel.line[name])
+                wrong.add(kernel.line[name])
         for name in seen:
-            narrow = re.search(r"\bi32\b|xi32\b", kernel.type[name])
-            if kernel.operation[name] == "carried" and narrow and "ptr" not in kernel.type[name]:
-                wrong.append(kernel.line[name])
-    return sorted(set(wrong)), looked_at
+            kind = kernel.type[name]
+            if kernel.operation[name] == "carried" and re.search(r"(\b|x)i32\b", kind):
+                wrong.add(kernel.line[name])
+    return sorted(wrong), looked_at
 
 
 def _slice(kernel: _Definitions, start: str) -> set[str]:
+    """The values that `start` is made of, itself included."""
     seen, left = {start}, [start]
     while left:
         name = left.pop()
-        if kernel.operation.get(name) in _ENDS:
+        if kernel.operation[name] in _ENDS:
             continue
         for operand in kernel.operands[name]:
             if operand not in seen:
