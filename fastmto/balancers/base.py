@@ -12,6 +12,7 @@ values, one backward) and `GradientBalancer` (gradient_balancer.py: from per-tas
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Batch:
         last_shared: parameters of the last shared layer, in a list; None where not given.
         features: the shared representation, one tensor or several in a list; None if not given.
         closure: recomputes the losses; None where not given.
+        seed: the scale of a GradScaler, a scalar on the losses' device; None without one.
     """
 
     values: list[Tensor | None]
@@ -54,6 +56,7 @@ class Batch:
     last_shared: list[Tensor] | None
     features: list[Tensor] | None
     closure: Callable[[], Losses] | None
+    seed: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.tasks = [i for i, value in enumerate(self.values) if value is not None]
@@ -85,6 +88,10 @@ class Info(Mapping[str, Any]):
         passes: how per-task gradients were taken ("loop", "batched (T at once)", ...); None
             where none were.
         skipped: why the step was skipped; None where it was not.
+
+    Args:
+        result: or a function that makes it, called whenever it is read.
+        status: None: that of the result.
     """
 
     _KEYS: ClassVar[tuple[str, ...]] = (
@@ -96,7 +103,7 @@ class Info(Mapping[str, Any]):
         weights: Tensor | None,
         tasks: list[str] | None = None,
         gram: Tensor | None = None,
-        result: Any = None,
+        result: Any | Callable[[], Any] = None,
         status: str | None = None,
         passes: str | None = None,
         skipped: str | None = None,
@@ -104,10 +111,22 @@ class Info(Mapping[str, Any]):
         self.weights = weights
         self.tasks = tasks
         self.gram = gram
-        self.result = result
-        self.status = getattr(result, "status", None) if status is None else status
+        self.answer(result, status)
         self.passes = passes
         self.skipped = skipped
+
+    @property
+    def result(self) -> Any:
+        return self._result() if callable(self._result) else self._result
+
+    @property
+    def status(self) -> str | None:
+        return getattr(self.result, "status", None) if self._status is None else self._status
+
+    def answer(self, result: Any = None, status: str | None = None) -> None:
+        """Take what the solver said."""
+        self._result = result
+        self._status = status
 
     @property
     def cosines(self) -> Tensor | None:
@@ -145,12 +164,22 @@ class Balancer(ABC):
             nothing; on accelerators, where reading a loss would wait for the device, "ignore"
             for the losses and "skip" for a Gram matrix that is read anyway.
 
+    With a GradScaler (`backward(..., scaler=scaler)`, of losses that are not scaled) `.grad` is
+    left scaled: `scaler.unscale_(optimizer)` or `scaler.step(optimizer)` divides the scale out,
+    once. Nothing else that comes out is scaled. A step that is not finite then is the scaler's to
+    skip: a NaN or infinite loss with "skip" puts NaN into `.grad`, is counted in
+    `stats["skipped"]` and changes nothing else here, without a warning. Gradient-level methods do
+    the same for gradients ("raise", too, is about losses alone, as gradients may overflow by the
+    scale). What loss-level methods learn comes from the losses, which are not scaled, and does not
+    wait for what the scaler finds.
+
     Attributes:
         weights: (T,) weights of the tasks after the last step; None before T is known.
         names: of the tasks, once a dict of losses said them.
         stats: counts of what happened: steps made, searches, backwards (passes through the
             graph, partial ones included), held (searches without answer that kept the last
             weights), skipped steps, absent tasks, tasks that did not touch what is shared.
+            Capturable methods count on the device; reading them waits for it.
 
     Raises:
         ValueError: an argument out of range.
@@ -183,7 +212,7 @@ class Balancer(ABC):
         """Forget everything learned and counted, as freshly built."""
         self.names: list[str] | None = None
         self.weights: Tensor | None = None
-        self.stats: dict[str, int] = dict.fromkeys(STATS, 0)
+        self._counted: dict[str, int] = dict.fromkeys(STATS, 0)
         self._steps = 0
         self._found = False  # whether any search has found weights
         if self._given_tasks is not None:
@@ -197,6 +226,10 @@ class Balancer(ABC):
     def n_tasks(self) -> int | None:
         """T; None where it was not given and no losses were seen yet."""
         return None if self.weights is None else len(self.weights)
+
+    @property
+    def stats(self) -> dict[str, int]:
+        return self._counted
 
     @property
     def needs_update(self) -> bool:
@@ -219,6 +252,7 @@ class Balancer(ABC):
         last_shared_parameters: Parameters | None = None,
         features: Tensor | Sequence[Tensor] | None = None,
         closure: Callable[[], Losses] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> tuple[Tensor, Info]:
         """Add the balanced gradients to `.grad`; takes the place of `loss.backward()`.
 
@@ -237,6 +271,8 @@ class Balancer(ABC):
                 that balance there.
             closure: recomputes the losses on the same batch, for methods that evaluate them
                 elsewhere.
+            scaler: its scale multiplies the gradients on their way through the graph; see
+                `Balancer`. Give the losses as they are, not `scaler.scale(loss)`.
 
         Returns:
             The weighted sum of the losses, a detached scalar, and `Info`.
@@ -264,6 +300,8 @@ class Balancer(ABC):
             as_tensors("features", features),
             closure,
         )
+        if scaler is not None and scaler.is_enabled():
+            batch.seed = scaler.scale(torch.ones((), device=batch.present[0].device))
         if self._looks_at(batch):
             bad = first_nonfinite(values)
             if bad is not None:
@@ -273,8 +311,8 @@ class Balancer(ABC):
         loss, info = self._backward(batch, searches)
         if info.skipped is None:
             self._steps += 1
-            self.stats["steps"] += 1
-            self.stats["absent"] += len(values) - len(batch.tasks)
+            self._counted["steps"] += 1
+            self._counted["absent"] += len(values) - len(batch.tasks)
         return loss, info
 
     @abstractmethod
@@ -288,11 +326,16 @@ class Balancer(ABC):
         return self.on_nonfinite != "ignore"
 
     def _refuse(self, batch: Batch, what: str) -> tuple[Tensor, Info]:
-        """Skip this step with nothing written, or raise."""
-        self.stats["skipped"] += 1
+        """Skip this step with nothing written, or raise; a scaler gets NaN to find."""
+        self._counted["skipped"] += 1
         if self.on_nonfinite == "raise":
             raise NonFiniteError(f"{what}; no gradient was written")
-        warn(f"step skipped: {what} (stats['skipped'])")
+        if batch.seed is None:
+            warn(f"step skipped: {what} (stats['skipped'])")
+        else:
+            # Without any gradient `scaler.step` would raise.
+            losses = batch.present
+            torch.autograd.backward(losses, [torch.full_like(x, math.nan) for x in losses])
         return self._weighted_sum(batch), Info(self.weights, self.names, skipped=what)
 
     def _weighted_sum(self, batch: Batch) -> Tensor:
@@ -348,7 +391,7 @@ class Balancer(ABC):
         self._load(state_dict["state"])
         self.weights = weights.clone()
         self.names = None if names is None else list(names)
-        self.stats = dict(state_dict["stats"])
+        self._counted = dict(state_dict["stats"])
         self._steps = state_dict["steps"]
         self._found = state_dict["found"]
 

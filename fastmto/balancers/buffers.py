@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -56,13 +57,14 @@ class Buffers:
         self.task_rows = [rows[:n_tasks] for rows in self.gradients.rows]
         self.joint_rows = [rows[n_tasks] for rows in self.gradients.rows]
         self.device = self.layouts[0].device
+        self.dtypes = dtypes
         #: Whether sums over gradients run in float32.
         self.narrow = any(d != torch.float64 for d in dtypes)
-        self._backend = ops.on(self.device)
+        ops.backend(self.device)  # raises where there is none
         self._grams = torch.zeros(
             len(dtypes), n_tasks, n_tasks, dtype=torch.float64, device=self.device
         )
-        self.bind(inputs, None)
+        self.bind(inputs, None, None)
 
     def fits(self, inputs: Sequence[Tensor], heads: Sequence[Head]) -> bool:
         """Whether these are the tensors the buffers were made for, laid out as then.
@@ -83,38 +85,66 @@ class Buffers:
             i == j and p is q for (i, p), (j, q) in zip(heads, self.heads, strict=True)
         )
 
-    def bind(self, inputs: Sequence[Tensor], trunk: Sequence[Tensor] | None) -> None:
-        """Differentiate by `inputs`; for features, `trunk` is where their gradient goes."""
+    def bind(
+        self, inputs: Sequence[Tensor], trunk: Sequence[Tensor] | None, seed: Tensor | None
+    ) -> None:
+        """Differentiate by `inputs`; for features, `trunk` is where their gradient goes. All
+        gradients of this call are `seed` times too large, if there is one."""
         self._inputs = list(inputs)
         self._trunk = trunk
+        self._seed = seed
         self._targets = [inputs[k] for k in self._order]
         self.gradients.rebind(self._targets)
 
-    def gram(self, active: Sequence[int]) -> Tensor:
-        """Inner products (n, n) of the active tasks' rows, float64 on the CPU, new memory."""
+    def gram(self) -> Tensor:
+        """Inner products (T, T) of the tasks' gradients, float64 on the device, new memory."""
         for rows, out in zip(self.task_rows, self._grams, strict=True):
-            self._backend.gram(rows, out)
-        gram = self._grams.sum(dim=0).cpu()
+            ops.gram(rows, out)
+        gram = self._grams.sum(dim=0)
+        return gram if self._seed is None else gram / self._seed.double().square()
+
+    def host_gram(self, active: Sequence[int]) -> Tensor:
+        """`gram` of the active tasks (n, n), on the CPU."""
+        gram = self.gram().cpu()
         if len(active) < len(gram):
             gram = gram[list(active)][:, list(active)]
         return gram
 
-    def combine(self, rows: Sequence[Tensor], active: Sequence[int], weights: Tensor) -> None:
-        """joint row = sum over the active tasks of weights_i rows_i."""
-        applied = torch.zeros_like(weights)
-        applied[list(active)] = weights[list(active)]
-        applied = applied.to(self.device)
+    def combine(self, rows: Sequence[Tensor], weights: Tensor) -> None:
+        """joint row = sum_i weights_i rows_i.
+
+        Args:
+            rows: (T, P), one a layout.
+            weights: (T,) float64.
+        """
+        weights = weights.to(self.device)
         for task_rows, out in zip(rows, self.joint_rows, strict=True):
             if task_rows.dtype == out.dtype:
-                self._backend.combine(task_rows, applied, out)
+                ops.combine(task_rows, weights, out)
             else:  # 16-bit parameters beside rows of state
                 wide = torch.empty_like(out, dtype=task_rows.dtype)
-                self._backend.combine(task_rows, applied, wide)
+                ops.combine(task_rows, weights, wide)
                 out.copy_(wide)
 
     def finite(self, row: int) -> bool:
         """Whether a row of gradients is finite; waits for the device."""
-        return all(self._backend.all_finite(rows[row]) for rows in self.gradients.rows)
+        return self._finite(rows[row : row + 1] for rows in self.gradients.rows).item() != 0
+
+    def finite_heads(self) -> Tensor:
+        """Whether the heads' gradients are finite, a boolean on the device."""
+        heads = zip(self.gradients.head_rows, self.gradients.filled, strict=True)
+        return self._finite(rows for rows, on in heads if on)
+
+    def _finite(self, grads: Iterable[Tensor]) -> Tensor:
+        found = torch.zeros(1, dtype=torch.int32, device=self.device)
+        for rows in grads:
+            ops.check(rows, found)
+        return found[0] == 0
+
+    def spoil(self) -> None:
+        """NaN in place of the gradients of this call, for a scaler to find."""
+        for view in (*self._joint_views, *(v for views in self._head_views for v in views)):
+            view.fill_(math.nan)
 
     def task_state(self) -> list[Tensor]:
         """Zeros like the task rows, in the precision that state is kept in."""
@@ -129,7 +159,7 @@ class Buffers:
             if p.grad is not None and p.grad.data_ptr() == view.data_ptr():
                 p.grad = p.grad.clone()
 
-    def deliver(self, head_weights: Sequence[float] | None) -> None:
+    def deliver(self, head_weights: Sequence[float | Tensor] | None) -> None:
         """Bring the joint row and the heads' gradients into `.grad`."""
         gradients = self.gradients
         hits = [
@@ -148,7 +178,8 @@ class Buffers:
             for h in filled:
                 owner = gradients.owners[h]
                 assert owner is not None
-                gradients.head_rows[h].mul_(head_weights[owner])
+                for view in self._head_views[h]:  # what lies between tensors stays 0
+                    view.mul_(head_weights[owner])
         _add((self.heads[h][1], self._head_views[h][0]) for h in filled)
 
     @property

@@ -86,13 +86,17 @@ class DBMTL(GradientBalancer):
     ) -> tuple[Tensor | None, Tensor]:
         assert self._smoothed is not None
         values = self._positive_losses(batch, "its logarithm is taken")
-        for i in active:
-            if self.on_nonfinite != "ignore" and not buffers.finite(i):
-                raise NonFiniteError(f"the gradient of {self._label(i)} is not finite")
+        if self.on_nonfinite != "ignore" or batch.seed is not None:
+            for i in active:
+                if not buffers.finite(i):
+                    raise NonFiniteError(f"the gradient of {self._label(i)} is not finite")
         self._count += 1
         beta = self.beta / self._count**self.decay
         squares = torch.zeros(len(active), dtype=torch.float64)
+        self._seed = batch.seed
         for rows, smoothed in zip(buffers.task_rows, self._smoothed, strict=True):
+            if batch.seed is not None:
+                rows /= batch.seed
             for k, i in enumerate(active):
                 smoothed[i].mul_(beta).add_(rows[i], alpha=(1 - beta) / values[i])
                 squares[k] += float(torch.linalg.vector_norm(smoothed[i])) ** 2
@@ -105,7 +109,10 @@ class DBMTL(GradientBalancer):
         assert self._smoothed is not None
         factors = torch.zeros_like(weights)
         factors[active] = self._factors
-        buffers.combine(self._smoothed, active, factors)
+        buffers.combine(self._smoothed, factors)
+        if self._seed is not None:
+            for row in buffers.joint_rows:
+                row *= self._seed
 
     def _head_weights(self, batch: Batch) -> list[float]:
         assert self.weights is not None

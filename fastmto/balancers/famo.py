@@ -130,7 +130,7 @@ class FAMO(LossBalancer):
             ValueError: wrong losses, or one that is not above its minimum.
             NonFiniteError: with `on_nonfinite="raise"`.
         """
-        if not self._found and not self.stats["skipped"]:
+        if not self._found and not self._counted["skipped"]:
             raise RuntimeError("update(losses) must come after backward(losses), got no backward")
         values, _ = as_list(losses, self.n_tasks, self.names, attached=False)
         tasks = [i for i in self._pending if values[i] is not None]
@@ -143,7 +143,7 @@ class FAMO(LossBalancer):
             if bad is not None:
                 self._pending = []
                 what = f"update: {self._label(bad)} is not finite"
-                self.stats["skipped"] += 1
+                self._counted["skipped"] += 1
                 if self.on_nonfinite == "raise":
                     raise NonFiniteError(f"{what}; the logits stay")
                 warn(f"{what}; the logits stay (stats['skipped'])")

@@ -71,7 +71,7 @@ class GradDrop(GradientBalancer):
     def _weigh(
         self, buffers: Buffers, active: list[int], batch: Batch
     ) -> tuple[Tensor | None, Tensor]:
-        if self._looks_at(batch):
+        if self._looks_at(batch) or batch.seed is not None:
             for i in active:
                 if not buffers.finite(i):
                     raise NonFiniteError(f"the gradient of {self._label(i)} is not finite")

@@ -6,29 +6,37 @@ One step, T backward passes when weights are searched and one when they are not:
 
 The rows are passed over twice, by one Gram and one combine; a gradient is copied once, from
 autograd's tensor into its row. `.grad` of the shared parameters then shows the flat buffer itself.
+Where a method is capturable, what is decided on the way is decided on the device
+(device_search.py).
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from ..checks import check_choice
+from ..device import capturing
 from ..errors import NonFiniteError, SolverError, warn
-from ..weightings import Weighting
+from ..per_task import take
+from ..weightings import DeviceSolver, Weighting
 from .base import Balancer, Batch, Info
 from .buffers import Buffers, check_inputs, heads_of, survey
+from .device_search import DeviceSearch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 #: Relative error of the cosines of float32 gradients; weights are off by kappa times that.
 GRAM_ERROR = 1e-8
+#: Solutions nearer to Pareto stationarity are not told from noise by such gradients.
+MOST_KAPPA = 0.1 / GRAM_ERROR
 #: Tasks a batched backward takes at once where nobody said otherwise.
 AT_ONCE = 8
 
@@ -43,6 +51,7 @@ class GradientOptions(TypedDict, total=False):
     at_once: int | None
     on_failure: str
     on_nonfinite: str | None
+    capturable: bool | None
 
 
 class GradientBalancer(Balancer):
@@ -68,6 +77,15 @@ class GradientBalancer(Balancer):
         at_once: tasks a batched backward; at most 8 by default.
         on_failure: what a search without an answer does: "hold" the last weights (a warning,
             `stats["held"]`) or "raise" SolverError before anything is written.
+        capturable: once weights have been found, nothing that the device computes is read: a step
+            waits for nothing and can be captured in a CUDA graph, after a few steps that were not.
+            `weights` is then a tensor on the device, `Info` and `stats` wait for it when they are
+            asked, and searches without an answer are counted, not warned about. None: on
+            accelerators, where the method can. That is where the weighting is solved on the device
+            (bargaining by "exact" from no earlier weights, MGDA without the losses, weights that
+            do not depend on the Gram matrix; at most 64 tasks), with on_failure="hold" and
+            on_nonfinite None or "ignore": a gradient that is not finite goes through. Not for
+            float16 with `update_weights_every` > 1, whose small weights have to be known.
 
     The `.grad` that `backward` leaves shows a buffer which the next step uses again: clone it to
     keep it. What is still in `.grad` when `backward` is called again is kept and added to; every
@@ -76,11 +94,14 @@ class GradientBalancer(Balancer):
 
     Gradients are taken by `torch.autograd.grad`: hooks that wait for an accumulated gradient do
     not fire, and nothing is reduced between the processes of a DistributedDataParallel model,
-    about which a warning is given. Give losses as they are, not scaled by a GradScaler: weights
-    that do not depend on the losses' scale undo it.
+    about which a warning is given. With a GradScaler give losses as they are: weights that do not
+    depend on the losses' scale would undo it.
 
     What `on_nonfinite` looks at: the losses, the tasks' gradients in a search, the joint gradient
-    between two searches; not the heads' gradients.
+    between two searches; not the heads' gradients. With a scaler a search always looks at all
+    gradients, and where one is not finite `.grad` holds NaN and weights and state stay; between
+    two searches, on accelerators or if `on_nonfinite="ignore"`, a step that the scaler skips
+    counts for `update_weights_every`.
 
     Raises:
         ValueError: an argument out of range.
@@ -97,6 +118,7 @@ class GradientBalancer(Balancer):
         at_once: int | None = None,
         on_failure: str = "hold",
         on_nonfinite: str | None = None,
+        capturable: bool | None = None,
     ) -> None:
         check_choice("level", level, ("parameters", "features"))
         check_choice("heads", heads, ("own", "weighted"))
@@ -109,9 +131,12 @@ class GradientBalancer(Balancer):
         self.passes = passes
         self.at_once = at_once
         self.on_failure = on_failure
+        self.capturable = capturable
         super().__init__(
             n_tasks, update_weights_every=update_weights_every, on_nonfinite=on_nonfinite
         )
+        if capturable:
+            self._refuse_capturable(self._why_on_host(1 if n_tasks is None else n_tasks, ()))
 
     def reset(self) -> None:
         self._buffers: Buffers | None = None
@@ -137,6 +162,31 @@ class GradientBalancer(Balancer):
                 f"no loss reaches {self._shared_name}: they are not what the model computes with"
             )
         active = [i for i in batch.tasks if gradients.touched[i]]
+        try:
+            info, head_weights = self._search(batch, buffers, active)
+        except NonFiniteError as error:
+            return self._not_finite(batch, buffers, str(error))
+        info.passes = passes
+        self._counted["searches"] += 1
+        self._counted["untouched"] += len(batch.tasks) - len(active)
+        self._counted["backwards"] += gradients.backwards - before
+        return self._deliver(batch, buffers, head_weights), info
+
+    def _search(
+        self, batch: Batch, buffers: Buffers, active: list[int]
+    ) -> tuple[Info, Sequence[float | Tensor] | None]:
+        """New weights, or the last ones; the joint rows are written with them.
+
+        Returns:
+            What is known but for the passes, and what heads' gradients are multiplied by.
+
+        Raises:
+            NonFiniteError: a gradient is not finite; nothing has changed.
+            SolverError: there are no weights, with `on_failure="raise"`; likewise.
+        """
+        assert self.weights is not None
+        if batch.seed is not None and not bool(buffers.finite_heads()):
+            raise NonFiniteError("a task-specific parameter's gradient is not finite")
         gram = status = None
         weights = self.weights.clone()
         try:
@@ -144,41 +194,48 @@ class GradientBalancer(Balancer):
                 gram, found = self._weigh(buffers, active, batch)
                 weights[active] = found.to("cpu", torch.float64)
                 self._join(buffers, active, weights)
-        except NonFiniteError as error:
-            return self._refuse(batch, str(error))
         except SolverError as error:
             if self.on_failure == "raise":
                 raise
             status = error.status
-            self.stats["held"] += 1
+            self._counted["held"] += 1
             warn(f"weights held: {error} (stats['held'])")
             weights = self._held(buffers, active, weights)
-            buffers.combine(buffers.task_rows, active, weights)
+            buffers.combine(buffers.task_rows, _only(active, weights))
         else:
             self._found = True
             self._searched.update(active)
         self.weights = weights
-        self.stats["searches"] += 1
-        self.stats["untouched"] += len(batch.tasks) - len(active)
-        self.stats["backwards"] += gradients.backwards - before
         result = None if gram is None else self._result()
-        info = Info(self.weights, self.names, gram, result, status, passes)
-        return self._deliver(batch, buffers), info
+        return Info(weights, self.names, gram, result, status), self._head_weights(batch)
 
     def _between(self, batch: Batch, buffers: Buffers) -> tuple[Tensor, Info]:
         """A step without a search: one backward of the weighted losses."""
-        assert self.weights is not None
+        weights = self._last_weights()
         before = buffers.gradients.backwards
-        buffers.gradients.weighted(batch.values, self.weights.tolist(), row=buffers.joint)
+        buffers.gradients.weighted(batch.values, weights, row=buffers.joint, seed=batch.seed)
         if self._looks_at(batch) and not buffers.finite(buffers.joint):
-            return self._refuse(batch, "the gradient of the weighted losses is not finite")
-        self.stats["backwards"] += buffers.gradients.backwards - before
-        return self._deliver(batch, buffers), Info(self.weights, self.names)
+            what = "the gradient of the weighted losses is not finite"
+            return self._not_finite(batch, buffers, what)
+        self._counted["backwards"] += buffers.gradients.backwards - before
+        info = Info(self.weights, self.names)
+        return self._deliver(batch, buffers, self._head_weights(batch)), info
 
-    def _deliver(self, batch: Batch, buffers: Buffers) -> Tensor:
+    def _not_finite(self, batch: Batch, buffers: Buffers, what: str) -> tuple[Tensor, Info]:
+        """Skip a step whose gradients are not finite, or leave that to the scaler."""
+        if batch.seed is None:
+            return self._refuse(batch, what)
+        self._counted["skipped"] += 1
+        buffers.spoil()
+        buffers.deliver(None)
+        return self._weighted_sum(batch), Info(self.weights, self.names, skipped=what)
+
+    def _deliver(
+        self, batch: Batch, buffers: Buffers, head_weights: Sequence[float | Tensor] | None
+    ) -> Tensor:
         """Write `.grad`; returns the weighted sum of the losses."""
-        buffers.deliver(self._head_weights(batch))
-        self.stats["backwards"] += buffers.at_features
+        buffers.deliver(head_weights)
+        self._counted["backwards"] += buffers.at_features
         return self._weighted_sum(batch)
 
     def _per_task(self, batch: Batch, buffers: Buffers) -> str:
@@ -186,13 +243,13 @@ class GradientBalancer(Balancer):
         gradients = buffers.gradients
         at_once = min(self.at_once or AT_ONCE, len(batch.tasks))
         if at_once == 1 or not self._batches(buffers):
-            gradients.per_task(batch.values)
+            gradients.per_task(batch.values, seed=batch.seed)
             return "loop"
         if self._batchable is not False:
             try:
                 # The graph has to outlive an attempt that may fail.
                 retain = self.passes == "auto" and self._batchable is None
-                gradients.per_task(batch.values, at_once=at_once, retain=retain)
+                gradients.per_task(batch.values, at_once=at_once, retain=retain, seed=batch.seed)
                 self._batchable = True
                 return f"batched ({at_once} at once)"
             except torch.OutOfMemoryError:
@@ -204,7 +261,7 @@ class GradientBalancer(Balancer):
                 self._why_loop = str(error).splitlines()[0]
                 warn(f"batched backward failed, from now on in a loop: {self._why_loop}")
                 gradients.clear()
-        gradients.per_task(batch.values)
+        gradients.per_task(batch.values, seed=batch.seed)
         return f"loop (batched failed: {self._why_loop})"
 
     def _batches(self, buffers: Buffers) -> bool:
@@ -233,16 +290,37 @@ class GradientBalancer(Balancer):
         Args:
             weights: (T,) float64 on the CPU; those of tasks not in `active` do not count.
         """
-        buffers.combine(buffers.task_rows, active, weights)
+        buffers.combine(buffers.task_rows, _only(active, weights))
+
+    def _last_weights(self) -> Sequence[float] | Tensor:
+        """The weights (T,) of the last search, as `TaskGradients.weighted` takes them."""
+        assert self.weights is not None
+        weights: list[float] = self.weights.tolist()
+        return weights
 
     def _held(self, buffers: Buffers, active: list[int], weights: Tensor) -> Tensor:
         """The weights (T,) of a search without an answer, from the last ones."""
         return weights
 
-    def _head_weights(self, batch: Batch) -> list[float] | None:
+    def _head_weights(self, batch: Batch) -> Sequence[float | Tensor] | None:
         """What every task's own gradient is multiplied by on its heads; None for 1."""
-        assert self.weights is not None
-        return self.weights.tolist() if self.heads == "weighted" else None
+        return list(self._last_weights()) if self.heads == "weighted" else None
+
+    def _why_on_host(self, n_tasks: int, dtypes: Iterable[torch.dtype]) -> str | None:
+        """Why a search has to read what the device computes; None where it has not.
+
+        Args:
+            n_tasks: T.
+            dtypes: of the gradients, as far as they are known.
+        """
+        return f"{type(self).__name__} decides on the host"
+
+    def _refuse_capturable(self, why: str | None) -> None:
+        if why is not None:
+            raise ValueError(f"capturable must be None or False: {why}")
+
+    def _looks_at(self, batch: Batch) -> bool:
+        return not self.capturable and super()._looks_at(batch)
 
     def _positive_losses(self, batch: Batch, why: str) -> dict[int, float]:
         """The present tasks' losses, refused where one is not positive; waits for the device."""
@@ -292,7 +370,7 @@ class GradientBalancer(Balancer):
             self._listed = batch.heads is not None
             self._buffers = old = new
         old.keep_old_grads()
-        old.bind(inputs, batch.shared)
+        old.bind(inputs, batch.shared, batch.seed)
         return old
 
     def _take_over(self, old: Buffers | None, new: Buffers) -> None:
@@ -305,6 +383,11 @@ class GradientBalancer(Balancer):
         if self._buffers is None:
             return copy.deepcopy(self._known_heads)
         return self._buffers.known_heads() if self._listed else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self.weights is not None:
+            self.weights = self.weights.cpu()  # a map_location moves every tensor of a file
 
     def _state(self) -> dict[str, Any]:
         return {"heads": self._heads_for_state(), "searched": sorted(self._searched)}
@@ -341,17 +424,99 @@ class GramBalancer(GradientBalancer):
         super().__init__(n_tasks, **options)
 
     def reset(self) -> None:
+        self._device_search: DeviceSearch | None = None
         self.weighting.reset()
         super().reset()
 
+    @property
+    def stats(self) -> dict[str, int]:
+        counted = dict(self._counted)
+        if self._device_search is not None:
+            for name, more in zip(
+                ("held", "skipped"), self._device_search.tally.tolist(), strict=True
+            ):
+                counted[name] += more
+        return counted
+
+    def _device_solver(self, n_tasks: int) -> DeviceSolver | None:
+        """What finds the weights on the device, or None.
+
+        A subclass that changes `_weigh`, `_solve` or `_join` changes this, too.
+        """
+        return self.weighting.device_solver(n_tasks)
+
+    def _why_on_host(self, n_tasks: int, dtypes: Iterable[torch.dtype]) -> str | None:
+        obstacles = {
+            f"the weights of {n_tasks} tasks by {self.weighting!r} are found on the host": (
+                self._device_solver(n_tasks) is None
+            ),
+            f"on_failure={self.on_failure!r} has to look": self.on_failure != "hold",
+            f"on_nonfinite={self.on_nonfinite!r} has to look": (
+                self.on_nonfinite not in (None, "ignore")
+            ),
+            "small weights of float16 gradients have to be known with update_weights_every > 1": (
+                self.update_weights_every > 1 and torch.float16 in dtypes
+            ),
+        }
+        return next((why for why, stands in obstacles.items() if stands), None)
+
+    def _take_over(self, old: Buffers | None, new: Buffers) -> None:
+        assert self.weights is not None
+        n_tasks, search = len(self.weights), self._device_search
+        wanted = new.device.type != "cpu" if self.capturable is None else self.capturable
+        why = self._why_on_host(n_tasks, new.dtypes) if wanted else "it is not wanted"
+        if self.capturable:
+            self._refuse_capturable(why)
+        super()._take_over(old, new)
+        if why is None and search is not None and search.weights.device == new.device:
+            return
+        if search is not None:
+            self._counted, self.weights = self.stats, search.weights.cpu()
+        solver = self._device_solver(n_tasks) if why is None else None
+        self._device_search = solver and DeviceSearch(solver, self.weights, new.device)
+
+    def _last_weights(self) -> Sequence[float] | Tensor:
+        search = self._device_search
+        return super()._last_weights() if search is None else search.weights
+
+    def _current(self, batch: Batch) -> Tensor:
+        search = self._device_search
+        return super()._current(batch) if search is None else take(search.weights, batch.tasks)
+
+    def _search(
+        self, batch: Batch, buffers: Buffers, active: list[int]
+    ) -> tuple[Info, Sequence[float | Tensor] | None]:
+        search = self._device_search
+        if search is None or not active:
+            return super()._search(batch, buffers, active)
+        scaled = batch.seed is not None
+        found = search(
+            buffers.gram(),
+            active,
+            most_kappa=MOST_KAPPA if buffers.narrow else math.inf,
+            hold=self._hold,
+            heads_finite=buffers.finite_heads() if scaled else None,
+        )
+        buffers.combine(buffers.task_rows, found.joint)
+        self._searched.update(active)
+        if not self._found and not capturing(buffers.device):
+            self._found = bool(found.taken)  # a search a step until there are weights
+        self.weights = found.weights
+        info = Info(found.weights, self.names, found.gram, found.result)
+        factors = self._head_weights(batch)
+        if scaled:
+            factors = [a * found.poison for a in factors or [1.0] * len(found.weights)]
+        return info, factors
+
     def _weigh(self, buffers: Buffers, active: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
-        gram = buffers.gram(active)
-        if self.on_nonfinite != "ignore" and not bool(gram.diagonal().isfinite().all()):
+        gram = buffers.host_gram(active)
+        looks = self.on_nonfinite != "ignore" or batch.seed is not None
+        if looks and not bool(gram.diagonal().isfinite().all()):
             bad = int((~gram.diagonal().isfinite()).nonzero()[0])
             raise NonFiniteError(f"the gradient of {self._label(active[bad])} is not finite")
         weights = self._solve(gram, active, batch)
         kappa = getattr(self._result(), "kappa", 0.0)
-        if buffers.narrow and kappa * GRAM_ERROR > 0.1:
+        if buffers.narrow and kappa > MOST_KAPPA:
             raise SolverError(
                 f"no {type(self).__name__} weights: nearer to Pareto stationarity (kappa "
                 f"{kappa:.3g}) than a Gram matrix of {buffers.layouts[0].dtype} gradients tells",
@@ -368,12 +533,43 @@ class GramBalancer(GradientBalancer):
     def _result(self) -> Any:
         return getattr(self.weighting, "result", None)
 
+    def _hold(self, gram: Tensor, weights: Tensor) -> Tensor:
+        """The weights (n,) of a search without an answer, from the last ones, by operations that
+        read nothing.
+
+        Args:
+            gram: (n, n) of the search.
+            weights: (n,) float64 beside it; not modified.
+        """
+        return weights
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self._device_search is not None:
+            state["weights"] = self._device_search.weights.to("cpu", copy=True)
+        return state
+
     def _state(self) -> dict[str, Any]:
         return {**super()._state(), "weighting": self.weighting.state_dict()}
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self.weighting.load_state_dict(state["weighting"])
         super()._load(state)
+        self._device_search = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**super().__getstate__(), "_device_search": None}
+        if self._device_search is not None:
+            state["_counted"] = self.stats
+            state["weights"] = self._device_search.weights.to("cpu", copy=True)
+        return state
 
     def _options(self) -> dict[str, Any]:
         return {"weighting": self.weighting, **super()._options()}
+
+
+def _only(tasks: Sequence[int], weights: Tensor) -> Tensor:
+    """`weights` (T,) with 0 for all but some tasks."""
+    kept = torch.zeros_like(weights)
+    kept[list(tasks)] = weights[list(tasks)]
+    return kept

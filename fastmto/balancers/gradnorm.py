@@ -124,8 +124,15 @@ class GradNorm(LossBalancer):
         own = weights * lengths
         target = own.mean() * rates**self.alpha
         gradient = (own - target).sign() * lengths
+        before = like(self._adam.state, losses)
         moved = self._adam.step(weights, gradient, batch.tasks).clamp(min=LEAST_WEIGHT)
-        self._w = put(like(self._w, losses), batch.tasks, moved * (weights.sum() / moved.sum()))
+        moved = moved * (weights.sum() / moved.sum())
+        if batch.seed is not None:
+            # Lengths that overflow by the scale teach nothing.
+            finite = lengths.isfinite().all()
+            moved = torch.where(finite, moved, weights)
+            self._adam.state = torch.where(finite, self._adam.state, before)
+        self._w = put(like(self._w, losses), batch.tasks, moved)
 
     def _lengths(self, batch: Batch, losses: Tensor) -> Tensor:
         """||grad_W L_i|| of the present tasks (n,)."""
@@ -135,21 +142,24 @@ class GradNorm(LossBalancer):
             grads = torch.autograd.grad(
                 graph_root(value),
                 batch.last_shared,
-                torch.ones_like(value),
+                torch.ones_like(value)
+                if batch.seed is None
+                else batch.seed.to(value).expand_as(value),
                 retain_graph=True,
                 allow_unused=True,
             )
-            self.stats["backwards"] += 1
+            self._counted["backwards"] += 1
             parts = [
                 torch.linalg.vector_norm(grad, dtype=losses.dtype)
                 for grad in grads
                 if grad is not None
             ]
             if not parts:
-                self.stats["untouched"] += 1
+                self._counted["untouched"] += 1
                 parts = [losses.new_zeros(())]
             lengths.append(torch.linalg.vector_norm(torch.stack(parts)))
-        return torch.stack(lengths)
+        stacked = torch.stack(lengths)
+        return stacked if batch.seed is None else stacked / batch.seed
 
     def _state(self) -> dict[str, Any]:
         return {

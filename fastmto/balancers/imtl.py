@@ -71,6 +71,8 @@ class IMTL(GramBalancer):
         for i, loss in zip(batch.tasks, batch.losses.tolist(), strict=True):
             scale = self._scales[i]
             grad = torch.full_like(scale, float(factors[i]) * loss - 1)
+            if batch.seed is not None:
+                grad *= batch.seed.to(grad.device)
             scale.grad = grad if scale.grad is None else scale.grad + grad
         return gram, weights
 

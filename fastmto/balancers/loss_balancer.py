@@ -33,20 +33,21 @@ class LossBalancer(Balancer):
         with torch.no_grad():
             weights = self._weigh(batch, losses) if searches else like(self._current(batch), losses)
             self._observe(batch, losses)
+        seeds = weights if batch.seed is None else weights * batch.seed
         torch.autograd.backward(
             batch.present,
             [
-                weight.to(loss.dtype).expand_as(loss)
-                for weight, loss in zip(weights.unbind(), batch.present, strict=True)
+                seed.to(loss.dtype).expand_as(loss)
+                for seed, loss in zip(seeds.unbind(), batch.present, strict=True)
             ],
         )
-        self.stats["backwards"] += 1
+        self._counted["backwards"] += 1
         with torch.no_grad():
             if searches:
                 self._learn(batch, losses, weights)
                 self._keep(batch, weights)
                 self._found = True
-                self.stats["searches"] += 1
+                self._counted["searches"] += 1
             return (weights * losses).sum(), Info(self.weights, self.names)
 
     @abstractmethod
@@ -183,7 +184,9 @@ class LearningBalancer(LossBalancer):
         return like(torch.stack([self._scalars[i].detach() for i in batch.tasks]), losses)
 
     def _add_gradients(self, batch: Batch, gradients: Tensor) -> None:
-        """Add (n,) gradients to the present tasks' scalars."""
+        """Add (n,) gradients to the present tasks' scalars, scaled as the others are."""
+        if batch.seed is not None:
+            gradients = gradients * batch.seed
         for task, gradient in zip(batch.tasks, gradients.unbind(), strict=True):
             scalar = self._scalars[task]
             own = gradient.to(scalar.dtype)

@@ -276,7 +276,7 @@ class MARIGOLD(Balancer):
         if isinstance(self._weighting, Weighting):
             self._weighting.reset()
         super().reset()
-        self.stats.update(dict.fromkeys(STATS, 0))
+        self._counted.update(dict.fromkeys(STATS, 0))
 
     def _set_tasks(self, n_tasks: int) -> None:
         super()._set_tasks(n_tasks)
@@ -337,7 +337,7 @@ class MARIGOLD(Balancer):
         self._check(batch)
         if self._reuse is not None:
             self._reuse = None
-            self.stats["held"] += 1
+            self._counted["held"] += 1
             warn(
                 "MARIGOLD found no update(losses) since its last search: with estimator='reuse' "
                 "its weights cannot change without; call it after the optimizer's step "
@@ -351,6 +351,11 @@ class MARIGOLD(Balancer):
         weights = own.to(losses.device, losses.dtype, non_blocking=True)
         joint = self._joint_gradient(batch, weights, searches)
         assert self.weights is not None
+        if batch.seed is not None and joint is not None and not math.isfinite(joint.length):
+            self._recorded = None
+            self._counted["skipped"] += 1
+            what = "the gradient is not finite"
+            return self._weighted_sum(batch), MarigoldInfo(self.weights, self.names, skipped=what)
         self.weights = self.weights.clone()
         self.weights[batch.tasks] = own
         info = MarigoldInfo(self.weights, self.names)
@@ -415,19 +420,19 @@ class MARIGOLD(Balancer):
             old = self._estimates - self._refreshed >= self.options.span_refresh
             if self.options.span == "gradients" and (len(self._known) == 0 or old):
                 self._known.take_gradients(batch.present, batch.tasks, len(self._lambda), shared)
-                self.stats["backwards"] += len(batch.tasks)
+                self._counted["backwards"] += len(batch.tasks)
                 self._refreshed = self._estimates
-        self.stats["backwards"] += 1
+        self._counted["backwards"] += 1
         if searches and shared is not None:
-            return joint_backward(batch.present, weights, shared)
-        backward(batch.present, weights)
+            return joint_backward(batch.present, weights, shared, batch.seed)
+        backward(batch.present, weights, batch.seed)
         return None
 
     def _search(
         self, batch: Batch, values: Tensor, joint: Joint | None, info: MarigoldInfo
     ) -> None:
         """Estimate, then move lambda; for "reuse", remember what `update` will need."""
-        self.stats["searches"] += 1
+        self._counted["searches"] += 1
         self._estimates += 1
         length = 1.0 if joint is None else joint.length
         if not math.isfinite(length):
@@ -441,7 +446,7 @@ class MARIGOLD(Balancer):
             start = self._transformed(batch.tasks, values)
             self._reuse = _Reuse(batch.tasks, start, length, copies)
         elif length == 0 and not self.options.by_gram:
-            self.stats["stationary"] += 1
+            self._counted["stationary"] += 1
             self._found = True
         else:
             assert joint is not None
@@ -477,7 +482,7 @@ class MARIGOLD(Balancer):
             else:
                 found = probe.along(point, joint)
         finally:
-            self.stats["evaluations"] += probe.count
+            self._counted["evaluations"] += probe.count
         info.evaluation, info.evaluations = options.evaluation, probe.count
         info.step = probe.step
         if not bool(found.isfinite().all()):
@@ -489,7 +494,7 @@ class MARIGOLD(Balancer):
             self._move(found, joint.length**2, batch.tasks)
 
     def _drop(self, why: str, info: MarigoldInfo | None) -> None:
-        self.stats["dropped"] += 1
+        self._counted["dropped"] += 1
         if info is not None:
             info.dropped = why
         warn(f"estimate dropped: {why}; lambda keeps its value (stats['dropped'])")
@@ -520,12 +525,11 @@ class MARIGOLD(Balancer):
         except SolverError as error:
             if self.options.on_failure == "raise":
                 raise
-            self.stats["held"] += 1
-            info.status = error.status
+            self._counted["held"] += 1
+            info.answer(status=error.status)
             warn(f"weights held: {error} (stats['held'])")
             return
-        info.result = getattr(weighting, "result", None)
-        info.status = getattr(info.result, "status", None)
+        info.answer(getattr(weighting, "result", None))
         found = found.detach().to("cpu", torch.float64)
         if found.shape != (len(tasks),) or not bool(found.isfinite().all()):
             raise ValueError(
@@ -561,7 +565,7 @@ class MARIGOLD(Balancer):
         if self.on_nonfinite == "raise" and not bool(values.isfinite().all()):
             raise NonFiniteError("update: a loss is not finite; lambda keeps its value")
         if before.length == 0:
-            self.stats["stationary"] += 1
+            self._counted["stationary"] += 1
             self._found = True
             return
         change = before.values - self._transformed(before.tasks, values)

@@ -56,5 +56,9 @@ class MGDA(GramBalancer):
             gram = gram / losses[:, None] / losses
         return super()._solve(gram, active, batch)
 
+    def _device_solver(self, n_tasks: int) -> weightings.DeviceSolver | None:
+        by_losses = self.normalization in ("loss", "loss+")
+        return None if by_losses else super()._device_solver(n_tasks)
+
     def _options(self) -> dict[str, Any]:
         return {"normalization": self.normalization, **super()._options()}

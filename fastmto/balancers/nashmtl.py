@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .. import weightings
@@ -50,9 +51,13 @@ class NashMTL(GramBalancer):
         super().__init__(weighting, n_tasks, **options)
 
     def _held(self, buffers: Buffers, active: list[int], weights: Tensor) -> Tensor:
-        """The last weights are as large as the gradients they were found for were small."""
-        own = weights[active]
-        length = float((own @ buffers.gram(active) @ own).clamp(min=0).sqrt())
-        if self.max_norm and length > self.max_norm:
-            weights[active] = own * (self.max_norm / length)
+        weights[active] = self._hold(buffers.host_gram(active), weights[active])
         return weights
+
+    def _hold(self, gram: Tensor, weights: Tensor) -> Tensor:
+        """The last weights are as large as the gradients they were found for were small."""
+        if not self.max_norm:
+            return weights
+        length = (weights @ gram @ weights).clamp(min=0.0).sqrt()
+        long = (length > self.max_norm) & length.isfinite()
+        return torch.where(long, weights * (self.max_norm / length), weights)

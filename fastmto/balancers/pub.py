@@ -68,6 +68,12 @@ class PUB(Balancer):
         ):
             if given is None:
                 raise ValueError(f"{name} must be given to PUB.backward, got None")
+        if batch.seed is not None:
+            raise ValueError(
+                "scaler must be None for this class, which steps inside backward: `scaler.step` of "
+                "another optimizer would find no gradient; with fastmto.PUB call "
+                "optimizer.backward(losses, scaler=scaler) and scaler.step(optimizer)"
+            )
         assert batch.shared is not None
         heads = heads_of(batch, batch.shared, self.names, len(self.weights))
         listed = [*batch.shared, *(p for _, p in heads)]
@@ -96,7 +102,7 @@ class PUB(Balancer):
         optimizer.step()
         optimizer.zero_grad()
         for name in ("searches", "backwards", "held", "skipped", "untouched"):
-            self.stats[name] += optimizer.stats[name] - before[name]
+            self._counted[name] += optimizer.stats[name] - before[name]
         assert optimizer.weights is not None
         self.weights = optimizer.weights.clone()
         skipped = optimizer.stats["skipped"] > before["skipped"]

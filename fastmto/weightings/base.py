@@ -17,6 +17,8 @@ from ..solvers import Result
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+#: Sets of tasks whose numbers are kept on a device at once.
+MAX_SETS = 256
 #: gram (n, n), weights (n,), info (4,), tasks or None; see `Weighting.device_solver`.
 DeviceSolver: TypeAlias = Callable[[Tensor, Tensor, Tensor, "Sequence[int] | None"], None]
 
@@ -174,6 +176,8 @@ def device_copies(
     def copy(gram: Tensor, tasks: Sequence[int] | None) -> Tensor | None:
         key = (gram.device, len(gram), None if tasks is None else tuple(tasks))
         if key not in copies:
+            if len(copies) >= MAX_SETS:
+                copies.clear()
             vector = values(gram, tasks)
             copies[key] = None if vector is None else on_device(vector, gram.device)
         return copies[key]

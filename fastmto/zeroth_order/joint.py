@@ -17,7 +17,8 @@ class Joint:
 
     Attributes:
         direction: one entry a shared parameter; None where no loss reaches it. They may be the
-            parameters' `.grad` themselves: to be read before anyone else can change them.
+            parameters' `.grad` themselves: to be read before anyone else can change them. Without
+            the seed.
         length: ||d||.
     """
 
@@ -25,13 +26,16 @@ class Joint:
     length: float
 
 
-def backward(losses: Sequence[Tensor], weights: Tensor) -> None:
+def backward(losses: Sequence[Tensor], weights: Tensor, seed: Tensor | None = None) -> None:
     """One backward of the weighted losses; adds to `.grad` of everything they reach.
 
     Args:
         losses: n scalars attached to their graphs.
         weights: (n,) on their device.
+        seed: a scalar that all gradients are multiplied by, on the way.
     """
+    if seed is not None:
+        weights = weights * seed
     torch.autograd.backward(
         losses,
         [
@@ -41,7 +45,12 @@ def backward(losses: Sequence[Tensor], weights: Tensor) -> None:
     )
 
 
-def joint_backward(losses: Sequence[Tensor], weights: Tensor, shared: Sequence[Tensor]) -> Joint:
+def joint_backward(
+    losses: Sequence[Tensor],
+    weights: Tensor,
+    shared: Sequence[Tensor],
+    seed: Tensor | None = None,
+) -> Joint:
     """`backward`, and the gradient that it alone added to the shared parameters.
 
     Where `.grad` was None nothing is copied; otherwise the gradient is added to the tensor that
@@ -56,7 +65,7 @@ def joint_backward(losses: Sequence[Tensor], weights: Tensor, shared: Sequence[T
         p.grad = None
     direction: list[Tensor | None] = []
     try:
-        backward(losses, weights)
+        backward(losses, weights, seed)
         direction = [p.grad for p in shared]
         for k, (p, g) in enumerate(zip(shared, direction, strict=True)):
             if g is not None and g.layout is not torch.strided:
@@ -73,7 +82,9 @@ def joint_backward(losses: Sequence[Tensor], weights: Tensor, shared: Sequence[T
         raise RuntimeError(
             "no loss reaches shared_parameters: they are not what the model computes with"
         )
-    return Joint(direction, norm(reached))
+    if seed is not None:
+        direction = [None if g is None else g / seed for g in direction]
+    return Joint(direction, norm([g for g in direction if g is not None]))
 
 
 @torch.no_grad()

@@ -128,9 +128,7 @@ class Copies:
             if base is None:
                 base = layout.rows(1)[0]
                 _gather(layout.views(base), [p.detach() for p in layout.parameters])
-            ops.on(layout.device).perturb(
-                base, rows, scale=self._scale(layout, scales), direction=flat
-            )
+            ops.perturb(base, rows, scale=self._scale(layout, scales), direction=flat)
 
     @torch.no_grad()
     def displace_at_random(
@@ -148,7 +146,6 @@ class Copies:
         draw = "gaussian" if sphere else distribution
         for number, (layout, buffer) in enumerate(self._pairs()):
             rows = buffer[first_row : first_row + count]
-            perturb = ops.on(layout.device).perturb
             # A stream of its own for every layout.
             options: dict[str, Any] = {"seed": seed + (number << 32), "distribution": draw}
             if sphere:
@@ -156,14 +153,14 @@ class Copies:
             base = None if sphere else self._live(layout)
             scale = self._scale(layout, [1.0] * count if sphere else scales)
             if base is not None:
-                perturb(base, rows, scale=scale, offset=offset, **options)
+                ops.perturb(base, rows, scale=scale, offset=offset, **options)
                 continue
             last = rows[-1]
             if not sphere:
                 _gather(layout.views(last), [p.detach() for p in layout.parameters])
             if count > 1:
-                perturb(last, rows[:-1], scale=scale[:-1], offset=offset, **options)
-            perturb(last, rows[-1:], scale=scale[-1:], offset=offset + count - 1, **options)
+                ops.perturb(last, rows[:-1], scale=scale[:-1], offset=offset, **options)
+            ops.perturb(last, rows[-1:], scale=scale[-1:], offset=offset + count - 1, **options)
         if sphere:
             for r, scale_r in enumerate(scales, start=first_row):
                 length = norm(self._views[r])
