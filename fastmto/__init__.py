@@ -15,6 +15,7 @@ from . import balancers, errors, rules, solvers, weightings
 from .adatask import AdaTask
 from .balancers.marigold import MARIGOLD
 from .clippy_adam import ClippyAdam
+from .graphed import GraphedStep
 from .pub import PUB
 from .registry import available, get
 from .zeroth_order.functional import FunctionalClosure
@@ -26,6 +27,7 @@ __all__ = [
     "AdaTask",
     "ClippyAdam",
     "FunctionalClosure",
+    "GraphedStep",
     "available",
     "balancers",
     "errors",

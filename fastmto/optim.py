@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import ops
+from .device import Uncompiled, capturing, upload
 from .errors import NonFiniteError, SolverError, warn
 from .flat import FlatParameters
 from .group_rules import GroupRules, check_state_names
 from .groups import Parameters, TaskParameters, check_lr, param_groups
-from .passes import Buffer, Clock, Pass, capturing, upload
+from .passes import Buffer, Clock, Pass
 from .rules import Clippy, Hyper, Rule, as_rule
 from .solvers import STATUSES, Result
 from .task_gradients import Losses, TaskGradients, as_list, first_nonfinite
@@ -31,9 +32,7 @@ GramWeighting = Weighting | Callable[[Tensor], Tensor]
 
 SCALES = ("mean_norm", "rms", "sum", "none")
 #: Places in `_outcomes`, the counts of searches that are kept on the device.
-FOUND, HELD, CAPPED = range(3)
-#: Sets of tasks whose indices are kept on the device at a time.
-MAX_SETS = 64
+FOUND, HELD, CAPPED, SEARCHED = range(4)
 STATS = ("steps", "searches", "backwards", "held", "capped", "skipped", "absent", "untouched")
 
 
@@ -111,6 +110,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         check_lr(lr, weight_decay)
         defaults = {"lr": lr, "weight_decay": weight_decay, **self._rule.hyperparameters()}
         super().__init__(groups, defaults)
+        Uncompiled.prepare()
         self._build(n_tasks, names)
 
     def _build(self, n_tasks: int | None, names: list[str] | None) -> None:
@@ -133,13 +133,15 @@ class UpdateBalancer(torch.optim.Optimizer):
         self._numel = sum(flat.numel for _, flat in self._shared)
         self._device = self._shared[0][1].device
         ops.backend(self._device)  # a device without one is refused here
-        self._steps = 0  # of the search phase
+        self._steps = self._first = 0  # of the search phase; at construction or loading
         self._found = False  # whether any search has found weights, as far as is known
         self._pending: str | None = None  # None, "per_task", "weighted" or "refused"
         self._scaler: torch.amp.GradScaler | None = None  # of the gradients that are pending
         self._counted: dict[str, int] = dict.fromkeys(STATS, 0)
         self._gram: Tensor | None = None
         self._weights: Tensor | None = None
+        #: Whether no step reads what the device computes; None until T is known.
+        self.capturable: bool | None = None
         #: The gradients between `backward` and `step`; None until T is known.
         self.gradients: TaskGradients | None = None
         if n_tasks is not None:
@@ -159,7 +161,8 @@ class UpdateBalancer(torch.optim.Optimizer):
         self._one = self._float64(torch.ones, 1)
         self._raw = self._float64(torch.zeros, n_tasks)
         self._info = self._float64(torch.zeros, 4)
-        self._outcomes = torch.zeros(3, dtype=torch.int64, device=self._device)
+        self._outcomes = torch.zeros(4, dtype=torch.int64, device=self._device)
+        # Never dropped: a CUDA graph goes on reading those it was made with.
         self._sets: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         weighting = self.weighting
         there = self.capturable and isinstance(weighting, Weighting)
@@ -226,6 +229,11 @@ class UpdateBalancer(torch.optim.Optimizer):
         return None if self._weights is None else len(self._weights)
 
     @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self._device
+
+    @property
     def weights(self) -> Tensor | None:
         """Last task weights (T,), float64 on the CPU; None until T is known. Waits for a device."""
         return None if self._weights is None else self._weights.to("cpu", copy=True)
@@ -252,11 +260,10 @@ class UpdateBalancer(torch.optim.Optimizer):
         """Counts of what happened, the unusual above all; see `PUB`. Waits for a device."""
         counted = dict(self._counted)
         if self.gradients is not None and self.capturable:
-            steps, skipped = self._clock.tally.tolist()
-            _, held, capped = self._outcomes.tolist()
-            for name, more in zip(
-                ("steps", "skipped", "held", "capped"), (steps, skipped, held, capped), strict=True
-            ):
+            counted["steps"] += int(self._clock.tally[0])
+            counted["skipped"] += int(self._clock.tally[1])
+            _, *there = self._outcomes.tolist()
+            for name, more in zip(("held", "capped", "searches"), there, strict=True):
                 counted[name] += more
         return counted
 
@@ -266,6 +273,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         weighting: GramWeighting | None = self._settings["weighting"]
         return weighting
 
+    @Uncompiled
     def backward(self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None) -> None:
         """Compute the gradients of a step; takes the place of `loss.backward()`.
 
@@ -294,6 +302,7 @@ class UpdateBalancer(torch.optim.Optimizer):
             scaler = None
         if self._pending is not None and scaler is not self._scaler:
             raise ValueError("scaler must be the same in all backward calls of a step")
+        seed = self._seed(scaler)
         for _, flat in self._shared:
             flat.check("shared parameter", grads=False)
         for _, flat in self._heads:
@@ -314,16 +323,13 @@ class UpdateBalancer(torch.optim.Optimizer):
             self._pending = "refused"
             return
         before = gradients.backwards
-        seed = None
-        if scaler is not None:
-            seed = scaler.scale(torch.ones((), device=self._device))
         if self._settings["between"] == "per_task" or self._searches():
             gradients.per_task(values, seed=seed)
             pending = "per_task"
         else:
             assert self._weights is not None
             weights = self._weights if self.capturable else self._weights.tolist()
-            gradients.weighted(values, weights, seed=seed)
+            gradients.weighted(values, weights, seed=seed, divides=self._divides(scaler))
             pending = "weighted"
         self._counted["backwards"] += gradients.backwards - before
         if not any(gradients.reached):
@@ -345,6 +351,18 @@ class UpdateBalancer(torch.optim.Optimizer):
             warn("no task of this step reaches the shared parameters (stats['untouched'])")
         self._pending = pending
 
+    def _seed(self, scaler: torch.amp.GradScaler | None) -> Tensor | None:
+        """A GradScaler's scale, on the device."""
+        if scaler is None:
+            return None
+        if any(flat.dtype == torch.float16 for _, flat in (*self._shared, *self._heads)):
+            raise ValueError(
+                "scaler must be None with float16 parameters, whose gradients a GradScaler does "
+                "not unscale: keep float32 parameters and use autocast"
+            )
+        scale: Tensor = scaler.scale(torch.ones((), device=self._device))
+        return scale
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of `backward`, as torch's optimizers do."""
         self._pending = self._scaler = None
@@ -359,12 +377,43 @@ class UpdateBalancer(torch.optim.Optimizer):
         every: int = self._settings["update_weights_every"]
         return self._steps % every == 0 or not self._has_found()
 
+    def _is_delayed(self) -> bool:
+        """Whether a search comes with the move, by the weights of the search before."""
+        return bool(self._settings["delayed"]) and self._has_found()
+
+    @property
+    def kind_next(self) -> tuple[bool, bool]:
+        """What the next step does: whether it searches, and whether that comes with the move.
+        Steps of one kind on the same tasks launch the same kernels."""
+        searches = self.searches_next
+        return searches, searches and self._is_delayed()
+
+    def _divides(self, scaler: torch.amp.GradScaler | None) -> bool:
+        """Whether the heads' own gradients can be had by dividing a weight out that is not read."""
+        positive = isinstance(self.weighting, Bargaining | None)
+        return not self.capturable or (positive and scaler is None)
+
+    @property
+    def searches_next(self) -> bool:
+        """Whether the next step looks for new weights."""
+        return self._pending is None and self._searches()
+
     def _has_found(self) -> bool:
-        """Whether any search has found weights. Waits for a device until one has."""
-        if not self._found and self.capturable and not capturing(self._device):
+        """Whether any search has found weights. Waits for a device until one has.
+
+        Raises:
+            RuntimeError: while a CUDA graph is captured, where that is not known yet.
+        """
+        if not self._found and self.capturable:
+            if capturing(self._device):
+                raise RuntimeError(
+                    "make steps until weights were found before the one that is captured: only "
+                    "then is it known whether that step searches (optimizer.searches_next)"
+                )
             self._found = bool(self._outcomes[FOUND] > 0)
         return self._found
 
+    @Uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Search weights if it is time, move the parameters, then the moments.
@@ -397,13 +446,16 @@ class UpdateBalancer(torch.optim.Optimizer):
         reached = any(self.gradients.touched)
         searches = reached and pending == "per_task" and self._searches()
         # Before the first weights are found there are none to go by.
-        delayed = searches and self._settings["delayed"] and self._has_found()
+        delayed = searches and self._is_delayed()
         clipped = self._settings["clippy"] is not None
         rows = 1 if pending == "weighted" else len(self.gradients.touched)
         shared, heads = self._passes(rows)
         if not reached:
             shared = []
         self._clock.start()
+        overflow = getattr(self, "found_inf", None)  # what a GradScaler saw; 0 without gradients
+        if isinstance(overflow, Tensor):
+            self._clock.found.logical_or_(overflow != 0)
         for one in shared:
             one.search() if clipped or (searches and not delayed) else one.check()
         for one in heads:
@@ -432,6 +484,8 @@ class UpdateBalancer(torch.optim.Optimizer):
         called = hasattr(self, "found_inf")
         scaler = self._scaler
         if scaler is None and called:
+            # What it left here it takes back only from a step that returns.
+            del self.__dict__["found_inf"], self.__dict__["grad_scale"]
             raise RuntimeError(
                 f"{type(self).__name__}.backward must be given the GradScaler that steps it: "
                 "optimizer.backward(losses, scaler=scaler), with losses that are not scaled"
@@ -443,7 +497,6 @@ class UpdateBalancer(torch.optim.Optimizer):
                 "the gradients are scaled: call scaler.step(optimizer) in place of optimizer.step()"
             )
         assert self.gradients is not None
-        self._scaler = None
         n_rows = 1 if self._pending == "weighted" else len(self.gradients.touched)
         scaled = [row for rows in self.gradients.rows for row in rows[:n_rows]]
         if self._pending == "refused":
@@ -455,6 +508,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         # The scaler knows it by its identity until the next step.
         self._carrier = _Carrier(scaled)
         scaler.unscale_(self._carrier)  # type: ignore[arg-type]
+        self._scaler = None
 
     def _passes(self, rows: int) -> tuple[list[Pass], list[Pass]]:
         """The passes over the shared buffers and over the heads that have a gradient; sets the
@@ -462,33 +516,39 @@ class UpdateBalancer(torch.optim.Optimizer):
         assert self.gradients is not None
         filled = self.gradients.filled
         on_tasks = self.gradients.touched if self._settings["adatask"] else [True]
-        shared = [(b, on_tasks) for b in self._buffers]
-        heads = [(b, [on]) for b, on in zip(self._head_buffers, filled, strict=True)]
+        kinds = self._set_clock([*on_tasks * len(self._buffers), *filled])
+        clippy, found = self._settings["clippy"], self._clock.found
+        shared = [Pass(b, kinds[b.number], rows, clippy, found) for b in self._buffers]
+        heads = [
+            Pass(b, kinds[b.number], 1, clippy, found)
+            for b, on in zip(self._head_buffers, filled, strict=True)
+            if on
+        ]
+        return shared, heads
+
+    def _set_clock(self, active: Sequence[bool] | None) -> dict[int, int]:
+        """Tell the clock the param groups' hyperparameters, and which of its rows take part; None:
+        as before. Returns the rules' kinds by number of group."""
         hyper: list[Hyper] = []
-        active: list[bool] = []
-        passes = []
+        kinds = {}
         rates: list[tuple[slice, Tensor]] = []
-        for buffer, on in (*shared, *heads):
+        for buffer in (*self._buffers, *self._head_buffers):
             group = self.param_groups[buffer.number]
             rule = self._rules(group)
             check_state_names(rule, buffer.state_names)
-            lr = group["lr"]
+            lr, weight_decay = group["lr"], group["weight_decay"]
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
                 rates.append((buffer.rows, lr))
                 lr = 0.0
-            check_lr(lr, group["weight_decay"])
-            hyper += [rule.hyper(float(lr), float(group["weight_decay"]))] * len(on)
-            active += on
-            n_rows = rows if on is on_tasks else 1
-            clippy = self._settings["clippy"]
-            passes.append(Pass(buffer, rule.kind, n_rows, clippy, self._clock.found))
+            check_lr(lr, weight_decay)
+            # -1 stands for a rate that the host does not know.
+            known = -1.0 if rates and rates[-1][0] is buffer.rows else float(lr)
+            hyper += [rule.hyper(known, float(weight_decay))] * buffer.clock_rows
+            kinds[buffer.number] = rule.kind
         self._clock.set(hyper, active)
-        for where, rate in rates:
-            self._clock.set_lr(where, rate)
-        n_shared = len(shared)
-        return passes[:n_shared], [
-            one for one, on in zip(passes[n_shared:], filled, strict=True) if on
-        ]
+        for rows, rate in rates:
+            self._clock.set_lr(rows, rate)
+        return kinds
 
     def _set_of(self, tasks: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Some tasks as indices (n,) and as a mask (T,), on the device."""
@@ -499,8 +559,6 @@ class UpdateBalancer(torch.optim.Optimizer):
             mask = torch.empty(len(self._weights), dtype=torch.bool, device=self._device)
             upload(index, key)
             upload(mask, [i in key for i in range(len(self._weights))])
-            if len(self._sets) >= MAX_SETS:
-                self._sets.clear()
             self._sets[key] = index, mask
         return self._sets[key]
 
@@ -566,7 +624,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         if not everyone:
             weights = self._weights.index_copy(0, index, weights)
         self._weights.copy_(torch.where(ok, weights, self._weights))
-        self._outcomes.add_(torch.stack((ok, finite & ~ok, ok & capped)))
+        self._outcomes.add_(torch.stack((ok, finite & ~ok, ok & capped, finite)))
 
     def _factor(self, weights: Tensor, gram: Tensor) -> Tensor | float:
         """What brings weights to their scale; not finite where nothing does."""
@@ -575,7 +633,7 @@ class UpdateBalancer(torch.optim.Optimizer):
             return 1.0
         if scale == "sum":
             return len(weights) / weights.sum()
-        length = (weights @ gram @ weights).clamp(min=0.0).sqrt()
+        length = (weights[:, None] * gram * weights).sum().clamp(min=0.0).sqrt()
         if scale == "mean_norm":
             return gram.diagonal().sqrt().mean() / length
         return math.sqrt(self._numel) / length
@@ -608,9 +666,31 @@ class UpdateBalancer(torch.optim.Optimizer):
         self._steps += 1
         if not self.capturable:
             self._counted["steps"] += 1
-        self._counted["searches"] += searched
+            self._counted["searches"] += searched
         self._counted["absent"] += present.count(False)
         self._counted["untouched"] += present.count(True) - touched.count(True)
+
+    def _phase(self) -> int:
+        """The steps that the search phase goes by, those that CUDA graphs made included."""
+        if self.gradients is None or not self.capturable:
+            return self._steps
+        return self._first + int(self._clock.tally.sum())
+
+    @property
+    def counted(self) -> dict[str, int]:
+        """The counts that the host keeps; "phase" is that of the search."""
+        return {**self._counted, "phase": self._steps}
+
+    def count_again(self, counted: Mapping[str, int]) -> None:
+        """Count a step that a CUDA graph has made in this optimizer's name."""
+        for name in self._counted:
+            self._counted[name] += counted[name]
+        self._steps += counted["phase"]
+
+    def refresh(self) -> None:
+        """Bring changed learning rates and hyperparameters to the device, for the replay of a
+        CUDA graph."""
+        self._set_clock(None)
 
     def _refuse(self, what: str) -> None:
         """Skip this step, parameters and state untouched, or raise."""
@@ -644,7 +724,7 @@ class UpdateBalancer(torch.optim.Optimizer):
             **super().state_dict(),
             "fastmto": {
                 "version": 2,
-                "steps": self._steps,
+                "steps": self._phase(),
                 "found": self._has_found() if gradients is not None else False,
                 "names": self._names,
                 "weights": self.weights,
@@ -685,7 +765,11 @@ class UpdateBalancer(torch.optim.Optimizer):
             # Into a copy first: what it refuses, it refuses before anything has changed.
             weighting = copy.deepcopy(weighting)
             weighting.load_state_dict(saved["weighting"] or {})
+        rates = [group["lr"] for group in self.param_groups]
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for group, lr in zip(self.param_groups, rates, strict=True):
+            if isinstance(lr, Tensor):  # CUDA graphs go on reading this one
+                group["lr"] = lr.fill_(group["lr"])
         names = self._names or saved["names"]
         if n_tasks is None:  # from before the first step
             self._build(None, names)
@@ -701,7 +785,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         for p, state in entries:
             for name, value in state.items():
                 self.state[p][name].copy_(value)
-        self._steps = saved["steps"]
+        self._steps = self._first = saved["steps"]
         self._found = saved["found"]
         upload(self._clock.counts, saved["counts"])
         self._names = names
@@ -793,12 +877,9 @@ class _Carrier:
     """Gradients in the shape in which a GradScaler looks for them: an optimizer's parameters."""
 
     def __init__(self, grads: Sequence[Tensor]) -> None:
-        params = []
-        for grad in grads:
-            param = grad.new_zeros(1).expand_as(grad)
+        self.param_groups = [{"params": [grad.detach() for grad in grads]}]
+        for param, grad in zip(self.param_groups[0]["params"], grads, strict=True):
             param.grad = grad
-            params.append(param)
-        self.param_groups = [{"params": params}]
 
 
 def _buffers(members: Sequence[Parameter], *, apart: bool) -> list[list[Parameter]]:

@@ -9,30 +9,10 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .device import upload
 from .flat import FlatParameters
 from .group_rules import state_dtype
 from .rules import Clippy, Hyper, Numbers, Rule
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def upload(target: Tensor, values: object) -> None:
-    """target <- values of the host, without waiting for the device.
-
-    Raises:
-        RuntimeError: while a CUDA graph is captured, which would replay these values for ever.
-    """
-    on_gpu = target.device.type == "cuda"
-    if capturing(target.device):
-        raise RuntimeError(
-            "learning rates, hyperparameters and the set of tasks must not change in the step that "
-            "is captured: make one such step before the capture"
-        )
-    # From pinned memory, which torch keeps until the copy is over.
-    target.copy_(torch.tensor(values, dtype=target.dtype, pin_memory=on_gpu), non_blocking=True)
 
 
 class Clock:
@@ -55,17 +35,28 @@ class Clock:
         self.found = torch.zeros(1, dtype=torch.int32, device=device)
         self.tally = torch.zeros(2, dtype=torch.int64, device=device)
         self._hyper = torch.zeros(rows, len(Hyper._fields), dtype=torch.float64, device=device)
-        self._active = torch.zeros(rows, dtype=torch.int32, device=device)
-        self._known: tuple[Sequence[Hyper], Sequence[bool]] = ((), ())
+        self._known: Sequence[Hyper] = ()
+        # Never changed and never dropped: a CUDA graph goes on reading the one it was made with.
+        self._patterns: dict[tuple[bool, ...], Tensor] = {}
+        self._active = self.counts.new_zeros(rows, dtype=torch.int32)
 
-    def set(self, hyper: Sequence[Hyper], active: Sequence[bool]) -> None:
-        """Say what the steps from now on are made with; a copy to the device if that is new."""
-        known_hyper, known_active = self._known
-        if hyper != known_hyper:
+    def set(self, hyper: Sequence[Hyper], active: Sequence[bool] | None) -> None:
+        """Say what the steps from now on are made with; a copy to the device if that is new.
+
+        `active` None: the rows that are. CUDA graphs see new hyperparameters, in the memory that
+        they read; of the rows, each keeps those it was captured with.
+        """
+        if hyper != self._known:
             upload(self._hyper, hyper)
-        if active != known_active:
-            upload(self._active, active)
-        self._known = (hyper, active)
+            self._known = hyper
+        if active is None:
+            return
+        pattern = tuple(active)
+        if pattern not in self._patterns:
+            rows = torch.empty_like(self._active)
+            upload(rows, pattern)
+            self._patterns[pattern] = rows
+        self._active = self._patterns[pattern]
 
     def set_lr(self, rows: slice, lr: Tensor) -> None:
         """A learning rate that lives on the device."""

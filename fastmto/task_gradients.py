@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Parameter
 
+from .device import capturing
 from .flat import FlatLayout
 
 Losses = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
@@ -222,6 +223,7 @@ class TaskGradients:
         *,
         row: int = 0,
         seed: Tensor | None = None,
+        divides: bool = True,
     ) -> None:
         """One backward of sum_i weights_i L_i into `row`; heads get weights_i divided out again.
 
@@ -229,33 +231,46 @@ class TaskGradients:
 
         Args:
             losses: of the T tasks.
-            weights: of the T tasks. A tensor (T,), of weights >= 0, is not read: there a weight
-                below the smallest that can be divided out again counts as that one.
+            weights: of the T tasks. A tensor (T,) is not read.
             row: where the joint gradient goes.
             seed: as in `per_task`.
+            divides: whether the weights are such that they can be divided out. Where they are not
+                (a tensor with zeros), the heads get a backward of their own, down to the heads.
         """
         present = [(i, loss) for i, loss in enumerate(losses) if loss is not None]
         self._seed = seed
         shares: Sequence[float | Tensor]
         if isinstance(weights, Tensor):
             small = [False] * len(losses)
-            shares = weights.clamp(min=self._floor).unbind()
+            shares = weights.unbind()
         else:
-            small = [abs(a) < self._floor for a in weights]
+            # Under a GradScaler activations are likely of 16 bits, whatever the parameters are.
+            floor = self._floor if seed is None else SMALLEST_WEIGHT[torch.float16]
+            small = [abs(a) < floor for a in weights]
             shares = weights
         apart = [i for i, _ in present if self._unsettled or small[i] or not self.inspected[i]]
         joint = {i: loss for i, loss in present if i not in apart}
         add = not self._empty
         if joint:
             heads = [h for h, owner in enumerate(self.owners) if owner in joint]
+            values = list(joint.values())
+            own_pass: HeadGrads = {}
+            if not divides and heads:
+                ones = [1.0] * len(values)
+                _, own_pass = self._backward(values, ones, heads, retain=True, shared=False)
             grads, head_grads = self._backward(
-                list(joint.values()), [shares[i] for i in joint], heads, retain=bool(apart)
+                values,
+                [shares[i] for i in joint],
+                heads if divides else [],
+                retain=bool(apart),
             )
             self._take(list(joint), grads, row=row, add=add)
             for h, own in head_grads.items():
                 owner = self.owners[h]
                 assert owner is not None
                 self._take_head(h, own, 1 / shares[owner])
+            for h, own in own_pass.items():
+                self._take_head(h, own)
         elif not add:
             _write(self._views[row], [None] * len(self._shared), add=False)
         fresh: list[tuple[int, HeadGrads]] = []
@@ -334,14 +349,16 @@ class TaskGradients:
         *,
         retain: bool,
         batched: bool = False,
+        shared: bool = True,
     ) -> tuple[Sequence[Tensor | None], HeadGrads]:
-        """The gradients of sum_i weights_i losses_i on the shared parameters and on heads; None
-        where no loss reaches.
+        """The gradients of sum_i weights_i losses_i on the shared parameters (where `shared`) and
+        on heads; None where no loss reaches.
 
         `batched`: of n such sums, weights being a tensor (n, *shape of the loss) for each loss;
         the gradients have a leading n.
         """
-        inputs = [*self._shared, *(p for h in heads for p in self._heads[h])]
+        trunk = self._shared if shared else []
+        inputs = [*trunk, *(p for h in heads for p in self._heads[h])]
         grads = torch.autograd.grad(
             losses if batched else [graph_root(loss) for loss in losses],  # type: ignore[arg-type]
             inputs,
@@ -353,17 +370,17 @@ class TaskGradients:
         self.backwards += 1
         for k, (p, grad) in enumerate(zip(inputs, grads, strict=True)):
             if grad is not None and grad.layout is not torch.strided:
-                kind = f"shared parameter {k}" if k < len(self._shared) else "a task parameter"
+                kind = f"shared parameter {k}" if k < len(trunk) else "a task parameter"
                 raise RuntimeError(
                     f"{kind} (shape {tuple(p.shape)}) has a sparse gradient ({grad.layout}); "
                     "per-task gradients must be dense: build the embedding with sparse=False"
                 )
-        start = len(self._shared)
+        start = len(trunk)
         head_grads: HeadGrads = {}
         for h in heads:
             head_grads[h] = grads[start : start + len(self._heads[h])]
             start += len(self._heads[h])
-        return grads[: len(self._shared)], head_grads
+        return grads[: len(trunk)], head_grads
 
     def _start(self, loss: Tensor, weight: float | Tensor) -> Tensor:
         """What the backward of a loss starts with: its weight times the seed, of its dtype."""
@@ -406,6 +423,11 @@ class TaskGradients:
         """Find or check the owner of every head in `fresh`, then take the gradients."""
         if not fresh:
             return
+        if capturing(self.rows[0].device):
+            raise RuntimeError(
+                "every task must have made a step before the one that is captured: it is not known "
+                "yet which task-specific parameters are whose, and finding out waits for the device"
+            )
         owners = list(self.owners)
         self._unsettled = False
         for h, members in enumerate(self._heads):

@@ -874,15 +874,8 @@ def test_a_weighting_of_the_wrong_shape_is_refused_before_anything_moves() -> No
     assert_same(before, [p.detach() for p in shared])
 
 
-def test_a_gradient_scaler_is_refused_and_bfloat16_autocast_works() -> None:
+def test_bfloat16_autocast_works() -> None:
     model = net()
-    optimizer = fastmto.PUB(model.trunk.parameters(), model.head_parameters(), 0.01)
-    before = [p.detach().clone() for p in model.parameters()]
-    scaler = torch.amp.GradScaler("cpu")
-    optimizer.backward([scaler.scale(loss) for loss in model.losses(batch(0))])
-    with pytest.raises(RuntimeError, match="does not work with a GradScaler"):
-        scaler.step(optimizer)
-    assert_same(before, [p.detach() for p in model.parameters()])
     optimizer = fastmto.PUB(model.trunk.parameters(), model.head_parameters(), 0.01)
     first = sum(loss.item() for loss in model.losses(batch(0)))
     for _ in range(30):

@@ -1,0 +1,37 @@
+"""A guard against reading what a device computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+#: What hands numbers to the host, or has a result whose shape depends on them.
+READING = {
+    aten._local_scalar_dense.default,
+    aten.is_nonzero.default,
+    aten.equal.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.unique_dim.default,
+    aten._unique2.default,
+}
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Within it an operation that would make the host wait for a GPU raises AssertionError.
+
+    Copies to the CPU cannot be told on a CPU; the tests on a GPU have torch tell them.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping | None = None
+    ) -> Any:
+        assert func not in READING, f"{func} reads from the device"
+        if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
+            kinds = {None if i is None else i.dtype for i in args[1]}
+            assert torch.bool not in kinds, f"{func} with a mask reads from the device"
+        return func(*args, **(kwargs or {}))
