@@ -35,6 +35,9 @@ class PUB(UpdateBalancer):
     Memory beside the model: the (T, P) gradients, the rule's moments and O(T^2). During
     `backward` autograd's own gradients of one task are there too, until they are copied.
 
+    `torch.compile` takes the forward pass whole; its graphs end at `backward` and `step`, which
+    walk the autograd graph and write to the parameters' memory.
+
     The shared parameters' `.grad` stays None: their gradients are rows of
     `optimizer.gradients.rows`, so `clip_grad_norm_` on the model sees the heads alone.
 
@@ -67,14 +70,24 @@ class PUB(UpdateBalancer):
         on_nonfinite: a NaN or infinite loss or gradient skips the step, parameters and state
             untouched ("skip"), or raises `NonFiniteError` ("raise"). Both policies count in
             `stats` and warn.
+        capturable: whether what a step finds out stays on the device, so that no step waits for it
+            and steps can be captured in a CUDA graph (`fastmto.GraphedStep`). None: on GPUs, where
+            it is possible: with the exact bargaining or another weighting that has a solver there,
+            at most 64 tasks, no policy that raises, and no float16 parameters between="weighted".
+            Then nothing warns (`stats` counts), the steps from search to search count skipped ones
+            too, and only until the first weights are found a step waits to learn of them.
 
     Attributes:
         weights: last task weights, (T,) float64 on the CPU; 1 before the first search, None
             while T is unknown.
         gram: Gram of the last search, over the tasks that took part.
+        result: how the last solve ended (`fastmto.solvers.Result`), None where no solver was asked.
         stats: counts of steps, searches, backwards, searches that held the weights, searches
             that met max_weight, skipped steps, absent tasks and tasks that did not reach the
             shared parameters.
+        capturable: as it was decided; None while T is unknown.
+
+    Reading `weights`, `gram`, `result`, `stats` or a `state_dict` waits for a GPU.
 
     Raises:
         ValueError: an argument is out of its range, a parameter is listed twice, frozen,
