@@ -29,6 +29,8 @@ from fastmto.rules import AdaGrad, Adam, RMSProp, Rule
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 #: Coordinates and row stride, a multiple of 16, as FlatParameters makes them.
 NUMEL = 4096
+#: The GPU that every configuration is compiled for; for the others it is those that differ most.
+WHOLE = "cuda:90"
 #: Kernels' names of memory with P elements or more.
 STREAMS = ("grads", "s0", "s1", "s2", "theta", "out", "direction")
 single, half, double = torch.float32, torch.bfloat16, torch.float64
@@ -161,12 +163,11 @@ def compile_controls(record: Recorder) -> None:
         kernel[(4,)](torch.zeros(NUMEL), torch.zeros(NUMEL), NUMEL, BLOCK=1024)
 
 
-def compile_without_a_rule(record: Recorder) -> None:
-    for dtype, n_tasks in (
-        *((single, n) for n in (1, 2, 3, 8, 32, 64)),
-        *((half, n) for n in (2, 8)),
-        *((double, n) for n in (2, 8)),
-    ):
+def compile_without_a_rule(record: Recorder, whole: bool) -> None:
+    grams = [(single, 2), (single, 8), (single, 32), (half, 8)]
+    if whole:
+        grams += [*((single, n) for n in (1, 3, 64)), (half, 2), (double, 2), (double, 8)]
+    for dtype, n_tasks in grams:
         record.case = f"gram {dtype} T={n_tasks}"
         gpu.gram(
             torch.zeros(n_tasks, NUMEL, dtype=dtype), torch.zeros(n_tasks, n_tasks, dtype=double)
@@ -201,12 +202,13 @@ def compile_control(record: Recorder) -> None:
         gpu.advance(counts, active, found, tally)
 
 
-def compile_solvers(record: Recorder) -> None:
-    for n_tasks in (8, 32, 64):
+def compile_solvers(record: Recorder, whole: bool) -> None:
+    for n_tasks in (8, 32, 64) if whole else (32, 64):
         gram, weights = torch.eye(n_tasks, dtype=double), torch.ones(n_tasks, dtype=double)
         info = torch.zeros(4, dtype=double)
-        record.case = f"bargaining T={n_tasks}"
-        gpu.bargaining(gram, weights, info)
+        if whole:
+            record.case = f"bargaining T={n_tasks}"
+            gpu.bargaining(gram, weights, info)
         record.case = f"bargaining T={n_tasks} preference"
         gpu.bargaining(gram, weights, info, preference=torch.ones(n_tasks, dtype=double))
         record.case = f"mgda T={n_tasks}"
@@ -217,47 +219,42 @@ def gpu_numbers(rule: Rule, rows: int) -> Tensor:
     return torch.tensor([rule.numbers(3, 0.1, 0.01)] * rows, dtype=double)
 
 
-def compile_rules(record: Recorder) -> None:
-    adam = Adam()
-    others = (AdaGrad(), RMSProp(), RMSProp(momentum=0.9, centered=True))
+def compile_rules(record: Recorder, whole: bool) -> None:
+    adam, adagrad, rmsprop = Adam(), AdaGrad(), RMSProp(momentum=0.9, centered=True)
     every = ("search", "delayed", "apply")
-    plain: list[tuple[torch.dtype, int, Rule, tuple[str, ...]]] = [
-        (single, 2, adam, every),
-        (single, 3, adam, every[:2]),
-        (single, 8, adam, every),
-        (single, 32, adam, every),
-        (single, 128, adam, every[:1]),
-        *((single, 2, rule, every) for rule in others),
-        (half, 2, adam, ("search", "apply")),
-        (half, 8, adam, ("delayed",)),
-        (double, 2, adam, ("search", "apply")),
-        (double, 8, adam, ("delayed",)),
+    configurations: list[tuple[str, torch.dtype, int, Rule, tuple[str, ...]]] = [
+        ("", single, 2, adam, every),
+        ("", single, 8, adam, every),
+        ("", single, 32, adam, every),
+        ("", half, 2, adam, every),
+        ("adatask", single, 2, adam, every),
+        ("adatask", single, 8, adam, every),
+        ("clippy", single, 2, adam, every),
+        ("clippy", single, 8, adam, every[:1]),
+        ("both", half, 2, adam, every[1:2]),
     ]
-    own = [
-        (single, 2, adam, every),
-        (single, 8, adam, every),
-        (single, 32, adam, every[:1]),
-        (half, 2, adam, every[:1]),
-        (double, 2, adam, ("delayed",)),
-    ]
-    clipped = [
-        (single, 2, adam, every),
-        (single, 8, adam, every),
-        (single, 32, adam, every[:1]),
-        (single, 2, others[-1], every),
-        (half, 2, adam, every),
-        (double, 2, adam, ("delayed",)),
-    ]
-    for modifier, configurations in (
-        ("", plain),
-        ("adatask", own),
-        ("clippy", clipped),
-        ("both", [(single, 2, adam, every), (half, 2, adam, ("delayed",))]),
-    ):
-        for dtype, n_tasks, rule, passes in configurations:
-            for name in passes:
-                record.case = f"{name} {dtype} T={n_tasks} kind={rule.kind} {modifier}".strip()
-                compile_pass(name, dtype, n_tasks, rule, modifier)
+    if whole:
+        configurations += [
+            ("", single, 3, adam, every[:2]),
+            ("", single, 128, adam, every[:1]),
+            *(("", single, 2, rule, every) for rule in (adagrad, RMSProp(), rmsprop)),
+            ("", half, 8, adam, every[:2]),
+            ("", double, 2, adam, every),
+            ("", double, 8, adam, every[1:2]),
+            ("adatask", single, 32, adam, every[:1]),
+            ("adatask", half, 2, adam, every[:1]),
+            ("adatask", double, 2, adam, every[1:2]),
+            ("clippy", single, 8, adam, every[1:]),
+            ("clippy", single, 32, adam, every[:1]),
+            ("clippy", single, 2, rmsprop, every),
+            ("clippy", half, 2, adam, every),
+            ("clippy", double, 2, adam, every[1:2]),
+            ("both", single, 2, adam, every),
+        ]
+    for modifier, dtype, n_tasks, rule, passes in configurations:
+        for name in passes:
+            record.case = f"{name} {dtype} T={n_tasks} kind={rule.kind} {modifier}".strip()
+            compile_pass(name, dtype, n_tasks, rule, modifier)
 
 
 def compile_pass(name: str, dtype: torch.dtype, n_tasks: int, rule: Rule, modifier: str) -> None:
@@ -297,12 +294,13 @@ def main(target: str) -> None:
     triton.runtime.driver.set_active(named)
     record = Recorder(backend)
     JITFunction.run = lambda kernel, *args, **options: record(kernel, *args, **options)
-    if backend == "cuda":
+    whole = target == WHOLE
+    if whole:
         compile_controls(record)
-    compile_without_a_rule(record)
+    compile_without_a_rule(record, whole)
     compile_control(record)
-    compile_solvers(record)
-    compile_rules(record)
+    compile_solvers(record, whole)
+    compile_rules(record, whole)
     sys.stdout.write(json.dumps(record.kernels))
 
 
