@@ -14,7 +14,7 @@ from reads import NothingIsRead
 from torch import Tensor, nn
 
 import fastmto
-from fastmto import device
+from fastmto import device, ops
 from fastmto.rules import AdaGrad, RMSProp
 from fastmto.weightings import MGDA, Bargaining, Constant
 
@@ -370,3 +370,29 @@ def test_graphed_step_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> No
     graphed(batch(0))
     with pytest.raises(ValueError, match=r"^batch must be of the first call's"):
         graphed(batch(0, n=7))
+
+
+@pytest.mark.parametrize("options", CONFIGURATIONS[2:8] + CONFIGURATIONS[12:14], ids=str)
+def test_whole_steps_on_the_kernels_for_gpus(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimizer over the Triton backend, interpreted, beside the CPU's kernels."""
+    pytest.importorskip("triton")
+    models = net(), net()
+    here, there = (pub(m, **copy.deepcopy(options)) for m in models)
+    train(models[0], here, range(5))
+    gpu = ops._module("gpu")
+    used = []
+
+    def module(name: str) -> Any:
+        used.append(name)
+        return gpu
+
+    monkeypatch.setattr(ops, "_module", module)
+    train(models[1], there, range(5))
+    monkeypatch.undo()
+    assert used
+    assert here.stats == there.stats
+    torch.testing.assert_close(here.weights, there.weights, rtol=1e-4, atol=1e-5)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)

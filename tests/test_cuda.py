@@ -112,7 +112,7 @@ def test_graphs_make_the_steps_of_eager_training(options: dict[str, Any]) -> Non
         eager.backward(losses)
         eager.step()
         made = graphed(x)
-        assert [float(loss) for loss in made] == [float(loss) for loss in losses]
+        assert [loss.item() for loss in made] == [loss.item() for loss in losses]
     assert_same(*models, eager, optimizer)
 
 
@@ -165,7 +165,7 @@ def test_float16_autocast_with_a_scaler() -> None:
     model, data = on_gpu(), batches(1)
     optimizer = pub(model, update_weights_every=3)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**32)
-    first = sum(float(loss) for loss in model.losses(data[0]))
+    first = sum(loss.item() for loss in model.losses(data[0]))
     for _ in range(60):
         with torch.autocast("cuda", torch.float16):
             losses = model.losses(data[0])
@@ -173,7 +173,7 @@ def test_float16_autocast_with_a_scaler() -> None:
         optimizer.backward(losses, scaler=scaler)
         scaler.step(optimizer)
         scaler.update()
-    assert sum(float(loss) for loss in model.losses(data[0])) < 0.9 * first
+    assert sum(loss.item() for loss in model.losses(data[0])) < 0.9 * first
     assert optimizer.stats["skipped"] >= 1  # the scale has come down to what float16 holds
     assert scaler.get_scale() < 2.0**32
 
