@@ -158,7 +158,7 @@ def test_pcgrad_over_gram_and_combine(benchmark, n_tasks: int, numel: int) -> No
     weights = balancer.weights
     expected = weights.float() @ rows
     torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    backend = ops.on(x.device)
+    backend = ops.backend(x.device)
     gram = torch.zeros(n_tasks, n_tasks, dtype=torch.float64)
     out = torch.empty_like(buffers.joint_rows[0])
 
