@@ -4,7 +4,7 @@
     python bench/gpu.py --quick          # a look, about a minute; writes nothing
     python bench/gpu.py --only search    # the passes, solvers or models named; writes nothing
     python bench/gpu.py --floors         # bytes every pass must move; needs no GPU
-    python bench/gpu.py --from FILE      # the README's table of an earlier run; needs no GPU
+    python bench/gpu.py --from FILE      # keeps a run that wrote --json FILE; needs no GPU
 
 Everything is checked against the float64 reference (kernels), its equations (solvers) or its own
 counts (steps) before it is timed. Inputs are random and rotate past the L2 cache; times are of CUDA
@@ -123,7 +123,13 @@ QUICK = Plan(
 )
 
 
-def run(plan: Plan, only: tuple[str, ...], timer: CpuTimer, results: dict[str, Any]) -> None:
+def run(
+    plan: Plan,
+    only: tuple[str, ...],
+    timer: CpuTimer,
+    results: dict[str, Any],
+    save: Callable[[], object] = lambda: None,
+) -> None:
     """Everything of the plan that `only` names; fills `results`, whatever ends it.
 
     Args:
@@ -132,6 +138,7 @@ def run(plan: Plan, only: tuple[str, ...], timer: CpuTimer, results: dict[str, A
         timer: on the device.
         results: gets "bandwidth" and the rows "solvers", "steps" and "passes", see
             `measure_solver`, `measure_model` and `measure`.
+        save: called whenever there is something new in it.
     """
     start = time.monotonic()
     solvers = [
@@ -144,11 +151,17 @@ def run(plan: Plan, only: tuple[str, ...], timer: CpuTimer, results: dict[str, A
     models = [name for name in plan.models if name in only]
     passes = [case for name in gpu_floors.TRAFFIC if name in only for case in plan.cases(name)]
     results.update(solvers=[], steps=[], passes=[])
+    results["seconds"] = 0.0
     progress = Progress(1 + len(solvers) + len(models) + len(passes))
 
     def note(row: dict[str, Any], what: object) -> None:
         if row["status"] != "ok":
             progress.say(f"{what}: {row['status']}: {row['note']}")
+
+    def advance() -> None:
+        results["seconds"] = time.monotonic() - start
+        save()
+        progress.advance()
 
     def late(share: float = 1.0) -> bool:
         return time.monotonic() - start > share * plan.seconds
@@ -156,13 +169,13 @@ def run(plan: Plan, only: tuple[str, ...], timer: CpuTimer, results: dict[str, A
     try:
         progress.at("bandwidth")
         results["bandwidth"] = bandwidth = measure_bandwidth(timer, plan.bandwidth_numel)
-        progress.advance()
+        advance()
         for name, n_tasks, family in solvers:
             progress.at(f"{name} {family} T={n_tasks}")
             row = measure_solver(name, n_tasks, family, timer)
             note(row, f"{name} {family} T={n_tasks}")
             results["solvers"].append(row)
-            progress.advance()
+            advance()
         for name in models:
             progress.at(f"step of {name}")
             rows = measure_model(
@@ -172,7 +185,7 @@ def run(plan: Plan, only: tuple[str, ...], timer: CpuTimer, results: dict[str, A
                 note(row, f"{name} {row['contestant']}")
             results["steps"] += rows
             timer.release()
-            progress.advance()
+            advance()
         compiled: tuple[object, Callable[..., object] | None] = (None, None)
         for case in passes:
             progress.at(str(case))
@@ -185,9 +198,8 @@ def run(plan: Plan, only: tuple[str, ...], timer: CpuTimer, results: dict[str, A
             note(row, case)
             results["passes"].append(row)
             timer.release()
-            progress.advance()
+            advance()
     finally:
-        results["seconds"] = time.monotonic() - start
         progress.close()
 
 
@@ -235,6 +247,16 @@ def results_path(device: str) -> Path:
     return RESULTS / f"gpu-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
+def as_text(results: dict[str, Any]) -> str:
+    """The figures as JSON."""
+    return json.dumps(results, indent=1, allow_nan=False) + "\n"
+
+
+def _keep(results: dict[str, Any], report: str) -> None:
+    results_path(results["device"]).write_text(as_text(results))
+    gpu_report.write("figures", report)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
@@ -247,9 +269,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"one of {', '.join(NAMES)}; may be given several times",
     )
     add("--no-write", action="store_true", help="only print")
-    add("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    add("--json", type=Path, metavar="FILE", help="also write the figures to FILE, as they come")
     add("--floors", action="store_true", help="print the table of byte floors, and no more")
-    add("--from", dest="earlier", type=Path, metavar="FILE", help="tables of an earlier run")
+    add("--from", dest="earlier", type=Path, metavar="FILE", help="figures of an earlier run")
     return parser
 
 
@@ -264,10 +286,11 @@ def main(arguments: list[str] | None = None) -> int:
             gpu_report.write("floors", gpu_floors.table())
         return 0
     if options.earlier is not None:
-        report = gpu_report.tables(json.loads(options.earlier.read_text()))
+        earlier = json.loads(options.earlier.read_text())
+        report = gpu_report.tables(earlier)
         print(report)
         if write:
-            gpu_report.write("figures", report)
+            _keep(earlier, report)
         return 0
     if not torch.cuda.is_available():
         print(
@@ -279,19 +302,20 @@ def main(arguments: list[str] | None = None) -> int:
     timer = CudaTimer()
     results: dict[str, Any] = environment(timer)
     only = tuple(options.only or NAMES)
+
+    def save() -> None:
+        if options.json is not None:
+            options.json.write_text(as_text(results))
+
     interrupted = False
     try:
-        run(QUICK if options.quick else FULL, only, timer, results)
+        run(QUICK if options.quick else FULL, only, timer, results, save)
     except KeyboardInterrupt:
         interrupted = True
-    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    if options.json is not None:
-        options.json.write_text(text)
     report = gpu_report.tables(results)
     print(report)
     if write and not interrupted:
-        results_path(results["device"]).write_text(text)
-        gpu_report.write("figures", report)
+        _keep(results, report)
     if interrupted:
         return 130
     rows = [*results["solvers"], *results["steps"], *results["passes"]]

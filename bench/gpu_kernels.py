@@ -10,14 +10,16 @@ A row of the results is one pass at one T, P and dtype, see `measure`. The conte
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import gpu_maths
 import torch
 from gpu_floors import floor_bytes
 from gpu_maths import CLIPPY, LR, RULE, SEGMENTS, STEP, as_view
-from gpu_timer import Contestant, CpuTimer
+from gpu_timer import Contestant, CpuTimer, Row
 from torch import Tensor
 
 from fastmto import ops, philox, reference
@@ -327,7 +329,7 @@ class Expected:
                 expected = torch.from_numpy(theta + factor.item() * drawn).to(row)
                 _demand(f"bits of direction {r}", (row[:n] != expected).sum(), 0)
 
-    def demand(self, result: object, exact: bool) -> None:
+    def demand(self, result: Any, exact: bool) -> None:
         """Refuses what a contestant made.
 
         Args:
@@ -385,7 +387,7 @@ def _check(name: str, contestant: Contestant, expected: Expected) -> None:
 
         def run() -> Tensor:
             b.found.zero_()
-            result = contestant(0)
+            result: Any = contestant(0)
             return b.found if name == "ours" else result
 
         expected.demand_found(run)
@@ -411,7 +413,7 @@ def measure(
     bandwidth: dict[str, float],
     compiled: Callable[..., object] | None = None,
     late: bool = False,
-) -> dict[str, object]:
+) -> Row:
     """Check, then time, all contestants of a case.
 
     Args:
@@ -428,7 +430,7 @@ def measure(
         issues it, and what a call allocates. A peer that is wrong, fails or has no memory is left
         out and named in `note`.
     """
-    row: dict[str, object] = {
+    row: Row = {
         "pass": case.name,
         "dtype": case.dtype,
         "n_tasks": case.n_tasks,
@@ -457,7 +459,7 @@ def measure(
             if name != "fused_adam":
                 _check(name, contestant, expected)
             if name == "ours":
-                row["allocated_MB"] = _megabytes(timer.peak_bytes(lambda c=contestant: c(0)))
+                row["allocated_MB"] = _megabytes(timer.peak_bytes(functools.partial(contestant, 0)))
                 row["issued_us"] = 1e6 * timer.issued(contestant, n_sets)
             row[f"{name}_us"] = 1e6 * timer.seconds(contestant, n_sets)
         except (Wrong, RuntimeError) as error:
@@ -468,7 +470,6 @@ def measure(
             notes.append(f"{name}: {reason}")
         timer.release()
     microseconds = row["ours_us"]
-    assert isinstance(microseconds, float)
     speed = case.floor_bytes / microseconds / 1e3
     row["GB_per_s"] = speed
     row["fraction_of_copy"] = speed / bandwidth["copy_GB_per_s"]

@@ -134,7 +134,7 @@ def _twin(rows: list[Row], row: Row, numel: int) -> Row | None:
 
 def _solvers(rows: list[Row]) -> list[str]:
     tasks = sorted({row["n_tasks"] for row in rows})
-    lines = {}
+    lines: dict[tuple[str, str], dict[int, str]] = {}
     for row in rows:
         line = lines.setdefault((row["solver"], row["family"]), dict.fromkeys(tasks, ""))
         us = [row.get(key) for key in ("ours_us", "issued_us", "host_us")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from gpu_kernels import Wrong
-from gpu_timer import CpuTimer
+from gpu_timer import CpuTimer, Row
 from torch import Tensor
 
 from fastmto import ops, solvers
@@ -49,7 +49,7 @@ def _demand(name: str, gram: Tensor, weights: Tensor, info: Tensor) -> None:
         raise Wrong(f"w'Gw is {value:.9g}, the least is {best:.9g}")
 
 
-def measure_solver(name: str, n_tasks: int, family: str, timer: CpuTimer) -> dict[str, object]:
+def measure_solver(name: str, n_tasks: int, family: str, timer: CpuTimer) -> Row:
     """Check, then time, an op that solves.
 
     Args:
@@ -63,7 +63,7 @@ def measure_solver(name: str, n_tasks: int, family: str, timer: CpuTimer) -> dic
         device, of a call that Python issues, and of the way through the host: copy the Gram matrix
         there, solve it by the compiled solver, copy the weights back.
     """
-    row: dict[str, object] = {
+    row: Row = {
         "solver": name, "family": family, "n_tasks": n_tasks, "status": "ok", "note": "",
     }  # fmt: skip
     op, on_host = getattr(ops, name), getattr(solvers, name)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from gpu_timer import CpuTimer, TrainingStep
+from gpu_timer import CpuTimer, Row, TrainingStep
 from torch import Tensor
 from torch.nn import functional
 
@@ -65,7 +65,7 @@ def make_batches(batch: int, device: torch.device) -> list[tuple[Tensor, ...]]:
     generator = torch.Generator().manual_seed(0)
     offsets = torch.tensor([0, *FIELD_SIZES]).cumsum(0)[:-1]
     sizes = torch.tensor(FIELD_SIZES)
-    batches = []
+    batches: list[tuple[Tensor, ...]] = []
     for _ in range(BATCHES):
         dense = torch.rand(batch, N_DENSE, generator=generator)
         ids = (torch.rand(batch, len(sizes), generator=generator) * sizes).long() + offsets
@@ -231,7 +231,7 @@ def measure_model(
     sizes: dict[str, Any] | None = None,
     batch: int = BATCH,
     rounds: int = ROUNDS,
-) -> list[dict[str, object]]:
+) -> list[Row]:
     """Time the steps of all contestants on one model.
 
     Returns:
@@ -244,7 +244,7 @@ def measure_model(
     model = make_model(name, SIZES[name] if sizes is None else sizes, timer.device)
     batches = make_batches(batch, timer.device)
     shared, everything = count(model.shared_parameters()), count(model.parameters())
-    rows: dict[str, dict[str, object]] = {}
+    rows: dict[str, Row] = {}
     field: dict[str, Contestant] = {}
     for contestant in NAMES:
         row = rows[contestant] = {

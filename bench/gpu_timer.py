@@ -23,6 +23,8 @@ import fastmto
 
 Contestant = Callable[[int], object]
 TrainingStep = Callable[..., object]
+#: A line of the results.
+Row = dict[str, Any]
 
 #: Rounds of a measurement, whose median counts.
 ROUNDS = 15
@@ -100,10 +102,13 @@ class CpuTimer:
 
 
 class CudaTimer(CpuTimer):
-    """CUDA events on the current device."""
+    """CUDA events on the current device, whose current stream becomes one of its own: what is
+    captured must have run on the same stream before, and the default one cannot be captured."""
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self.stream = torch.cuda.Stream(self.device)
+        torch.cuda.set_stream(self.stream)
         self.cache_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
 
     def free_bytes(self) -> int | None:
@@ -132,9 +137,9 @@ class CudaTimer(CpuTimer):
 
     def _graph_of(self, work: Callable[[], object]) -> Callable[[], object]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=self.stream):
             work()
-        graph.replay()
+        graph.replay()  # the first launch also uploads it
         return graph.replay
 
     def issued(self, contestant: Contestant, sets: int, calls: int = 100) -> float:
@@ -154,20 +159,14 @@ class CudaTimer(CpuTimer):
 
     def captured(self, step: TrainingStep, batch: Sequence[Tensor]) -> TrainingStep:
         inputs = [x.clone() for x in batch]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        for _ in range(3):
             step(*inputs)
+        replay_graph = self._graph_of(lambda: step(*inputs))
 
         def replay(*batch: Tensor) -> None:
             for static, x in zip(inputs, batch, strict=True):
                 static.copy_(x, non_blocking=True)
-            graph.replay()
+            replay_graph()
 
         return replay
 

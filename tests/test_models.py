@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from fastmto.cli import DEFAULTS, MODELS
+from fastmto.data import load_digits
+from fastmto.experiment import Experiment
 from fastmto.models import MMOE, PLE, MultiTaskModel, SharedBottom, TabularEncoder
 from fastmto.models.base import count
 from fastmto.models.mmoe import Experts
@@ -258,6 +261,21 @@ def test_shares_of_a_gate_add_up_to_one() -> None:
 def test_ple_refuses(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PLE(7, FIELDS, [1, 1], **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_command_trains_every_model(name: str) -> None:
+    data = load_digits(0)
+    defaults = DEFAULTS["digits"]
+    experiment = Experiment(
+        data="digits", model=name, sizes=defaults.sizes[name], epochs=1, batch_size=512, lr=1e-3,
+        weight_decay=0.0, update_weights_every=2,
+    )  # fmt: skip
+    result = experiment.train(data, "pub", seed=0)
+    losses = result.steps.losses
+    assert losses[-5:].mean() < 0.8 * losses[:5].mean()
+    assert result.stats["searches"] == 20
+    assert set(DEFAULTS["census"].sizes) == set(MODELS)
 
 
 def test_the_same_seed_builds_the_same_model() -> None:
