@@ -12,47 +12,29 @@ from typing import Any
 import pytest
 import torch
 from problems import net
+from reads import NothingIsRead
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmto
 from fastmto.balancers import GramBalancer
 
 T = 3
-aten = torch.ops.aten
 close = torch.testing.assert_close
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-class NothingIsRead(TorchDispatchMode):
-    """Refuses what would wait for a device, or copy numbers of the host's to it."""
+class NothingGoesToTheHost(TorchFunctionMode):
+    """Refuses calls that would wait for a device, as copies from the host's memory do, and leave
+    no trace below Python where the device is a CPU."""
 
     WAITS = (
-        aten._local_scalar_dense,
-        aten.is_nonzero,
-        aten.equal,
-        aten.nonzero,
-        aten.masked_select,
-        aten.lift_fresh,
-    )
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket not in self.WAITS, f"{func} waits for the device"
-        if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
-            masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
-            assert not masks, f"{func} by a mask waits for the device"
-        devices = {x.device for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)}
-        assert len(devices) <= 1, f"{func} between {devices}"
-        return func(*args, **(kwargs or {}))
-
-
-class NothingGoesToTheHost(TorchFunctionMode):
-    """The same for calls that leave no trace below Python on a CPU."""
-
-    WAITS = tuple(
-        getattr(Tensor, name)
-        for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
+        torch.tensor,
+        torch.as_tensor,
+        *(
+            getattr(Tensor, name)
+            for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
+        ),
     )
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -91,8 +73,8 @@ class Method:
     """A balancer that can stay on the device.
 
     Attributes:
-        exact: whether the steps between two searches have the host's bits; a weight of 0 counts
-            there as the smallest that can be divided out again.
+        exact: whether the steps between two searches have the host's bits: where weights may be
+            0, the heads get a backward of their own.
     """
 
     key: str
@@ -125,7 +107,7 @@ METHODS = [
     Method("mgda", exact=False),
     Method("mgda", {"normalization": "l2"}, exact=False),
     Method("equal"),
-    Method("constant"),
+    Method("constant", exact=False),
 ]
 every_method = pytest.mark.parametrize("method", METHODS, ids=str)
 
@@ -201,6 +183,11 @@ def assert_same(a: Any, b: Any, exact: bool = True) -> None:
             close(x, y, rtol=1e-6, atol=1e-9)
 
 
+def counts(balancer: GramBalancer, exact: bool) -> dict[str, int]:
+    """`stats`, but for the passes that only the device needs."""
+    return {k: n for k, n in balancer.stats.items() if exact or k != "backwards"}
+
+
 @every_method
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("level", ["parameters", "features"])
@@ -221,7 +208,7 @@ def test_is_the_host_s_step_and_reads_nothing(method, every, level, heads):
             if info.result is not None and "ridge" not in method.options:
                 assert_same([info.result.weights], [told.result.weights], exact)
                 assert info.result.iterations == told.result.iterations
-    assert there.balancer.stats == here.balancer.stats
+    assert counts(there.balancer, exact) == counts(here.balancer, exact)
     assert_same(list(there.model.parameters()), list(here.model.parameters()), exact)
 
 
@@ -472,7 +459,8 @@ def test_a_gpu_waits_for_nothing(method, every, passes):
             assert (a is None) == (b is None)
             if a is not None:
                 close(a, b, rtol=1e-6, atol=1e-9)
-    assert there.balancer.stats == here.balancer.stats
+    exact = method.exact or every == 1
+    assert counts(there.balancer, exact) == counts(here.balancer, exact)
 
 
 class Captured:

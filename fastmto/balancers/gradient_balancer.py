@@ -25,7 +25,7 @@ from ..checks import check_choice
 from ..device import capturing
 from ..errors import NonFiniteError, SolverError, warn
 from ..per_task import take
-from ..weightings import DeviceSolver, Weighting
+from ..weightings import Bargaining, DeviceSolver, Equal, Weighting
 from .base import Balancer, Batch, Info
 from .buffers import Buffers, check_inputs, heads_of, survey
 from .device_search import DeviceSearch
@@ -211,9 +211,14 @@ class GradientBalancer(Balancer):
 
     def _between(self, batch: Batch, buffers: Buffers) -> tuple[Tensor, Info]:
         """A step without a search: one backward of the weighted losses."""
-        weights = self._last_weights()
         before = buffers.gradients.backwards
-        buffers.gradients.weighted(batch.values, weights, row=buffers.joint, seed=batch.seed)
+        buffers.gradients.weighted(
+            batch.values,
+            self._last_weights(),
+            row=buffers.joint,
+            seed=batch.seed,
+            divides=self._divides(batch),
+        )
         if self._looks_at(batch) and not buffers.finite(buffers.joint):
             what = "the gradient of the weighted losses is not finite"
             return self._not_finite(batch, buffers, what)
@@ -297,6 +302,10 @@ class GradientBalancer(Balancer):
         assert self.weights is not None
         weights: list[float] = self.weights.tolist()
         return weights
+
+    def _divides(self, batch: Batch) -> bool:
+        """Whether the heads' own gradients can be had by dividing the last weights out."""
+        return True
 
     def _held(self, buffers: Buffers, active: list[int], weights: Tensor) -> Tensor:
         """The weights (T,) of a search without an answer, from the last ones."""
@@ -478,6 +487,12 @@ class GramBalancer(GradientBalancer):
     def _last_weights(self) -> Sequence[float] | Tensor:
         search = self._device_search
         return super()._last_weights() if search is None else search.weights
+
+    def _divides(self, batch: Batch) -> bool:
+        # On the device nobody sees which weights are 0; with a scaler activations are of 16 bits.
+        return self._device_search is None or (
+            isinstance(self.weighting, Bargaining | Equal) and batch.seed is None
+        )
 
     def _current(self, batch: Batch) -> Tensor:
         search = self._device_search
