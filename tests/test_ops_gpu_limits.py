@@ -344,9 +344,16 @@ def calls(module: Any) -> dict[str, Callable[[], None]]:
     return passes
 
 
-def test_the_calls_that_must_not_wait_are_right() -> None:
-    for call in calls(gpu).values():
+@pytest.mark.parametrize("module", [gpu, ops])
+def test_the_calls_that_must_not_wait_are_right(module: Any) -> None:
+    made = calls(module)
+    for call in made.values():
         call()
+    operators = {name.split()[0] for name in made}
+    # The step is the rest of them.
+    assert operators == {
+        *("step", "search", "delayed", "apply", "gram", "combine", "mgda", "perturb"),
+    }
 
 
 @pytest.mark.cuda

@@ -20,7 +20,7 @@ from fastmto.solvers import STATUSES
 
 pytest.importorskip("triton")
 
-from fastmto.ops import gpu
+from fastmto.ops import cpu, gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = float(np.finfo(np.float64).eps)
@@ -300,6 +300,28 @@ def test_wrong_arguments_are_named(
     arguments[place] = bad
     with pytest.raises(ValueError, match=f"^{message}"):
         solver(*arguments)
+
+
+@pytest.mark.parametrize("name", ["bargaining", "mgda"])
+@pytest.mark.parametrize("tasks", [1, 2, 5, 20])
+def test_backends_write_alike(name: str, tasks: int) -> None:
+    """Also where there is no solution: then the weights stay as they are on both."""
+    grams = [samplers.gram(seeded(tasks, k), tasks, "full", 6.0) for k in range(2)]
+    for gram in (*grams, np.full((tasks, tasks), np.nan), -np.eye(tasks)):
+        written = []
+        for module, device in ((gpu, DEVICE), (cpu, torch.device("cpu"))):
+            weights, info = (torch.full((n,), -7.0, dtype=torch.float64) for n in (tasks, 4))
+            weights, info = weights.to(device), info.to(device)
+            getattr(module, name)(torch.tensor(gram, device=device), weights, info)
+            written.append((weights.cpu(), info.cpu()))
+        (ours, told), (theirs, expected) = written
+        assert told[0] == expected[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+        solved = STATUSES[int(told[0])] == "solved"
+        assert solved == (gram is grams[0] or gram is grams[1])
+        assert solved != bool((ours == -7.0).all())
+        if solved and name == "bargaining":
+            torch.testing.assert_close(told[3], expected[3], rtol=1e-9, atol=0)
 
 
 def test_wrong_preferences_are_named() -> None:
