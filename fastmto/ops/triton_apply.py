@@ -40,6 +40,7 @@ from .triton_rules import (
     streams,
 )
 
+
 @triton.jit
 def end_of_writes(skip, P):
     """P, or 0 where `skip` says that nothing is to be written."""
@@ -165,6 +166,7 @@ def apply(
     Arguments are taken as checked. `params` and `state` are written.
     """
     n_tasks, size = grads.shape
+    per_task = is_per_task(state)
     if tiling is None:
         tiling = tiling_for(grads.element_size() == 8)
     launch(
@@ -181,8 +183,8 @@ def apply(
         0 if sigma is None else sigma.shape[1],
         KIND=kind,
         T=n_tasks,
-        PER_TASK=is_per_task(state),
-        UNROLL=n_tasks <= MAX_UNROLLED_T,
+        PER_TASK=per_task,
+        UNROLL=n_tasks <= (2 if per_task else MAX_UNROLLED_T),
         STEPS=steps_for(sigma),
         DTYPE=working_type(grads),
         BLOCK=tiling.block,

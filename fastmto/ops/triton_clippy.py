@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import MAX_UNROLLED_T, Tiling, launch, programs_for, working_type
+from .triton_launch import Tiling, launch, programs_for, working_type
 from .triton_rules import (
     LR,
     WIDTH,
@@ -48,7 +48,7 @@ from .triton_rules import (
 def last_not_above(segments, p, low, S, STEPS: tl.constexpr):
     """The largest s < S with segments[s] <= p, from `low` on, where that holds.
 
-    p and low are scalars or blocks; low + 2^STEPS must reach S.
+    p and low are scalars or blocks, low of int32; low + 2^STEPS must reach S.
     """
     for k in tl.static_range(STEPS):
         middle = low + (1 << (STEPS - 1 - k))
@@ -61,32 +61,26 @@ def last_not_above(segments, p, low, S, STEPS: tl.constexpr):
 @triton.jit
 def first_owner(segments, first, P, S, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     """The tensor that owns coordinate `first`, and whether others own some of its block."""
-    s = last_not_above(segments, first, first * 0, S, STEPS)
+    s = last_not_above(segments, first, tl.full((), 0, tl.int32), S, STEPS)
     last = tl.minimum(first + BLOCK, P) - 1
     return s, tl.load(segments + s + 1) <= last
 
 
 @triton.jit
-def all_owners(offsets, segments, s, mixed, S, STEPS: tl.constexpr):
-    """What `owners` returns, given what `first_owner` does."""
-    owner = offsets * 0 + s
+def owners(offsets, first, segments, P, S, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """The tensor that owns each of a block's coordinates `offsets`, int32."""
+    s, mixed = first_owner(segments, first, P, S, STEPS, BLOCK)
+    owner = tl.zeros(offsets.shape, tl.int32) + s
     if mixed:
         owner = last_not_above(segments, offsets, owner, S, STEPS)
     return owner
 
 
 @triton.jit
-def owners(offsets, first, segments, P, S, STEPS: tl.constexpr, BLOCK: tl.constexpr):
-    """The tensor that owns each of a block's coordinates `offsets` (BLOCK,), int64."""
-    s, mixed = first_owner(segments, first, P, S, STEPS, BLOCK)
-    return all_owners(offsets, segments, s, mixed, S, STEPS)
-
-
-@triton.jit
 def shrunk(u, sigma, row, S, owner):
     """sigma_is u_i; u where there is no sigma."""
     if sigma is not None:
-        u = u * tl.load(sigma + (row * S + owner)).to(u.dtype)
+        u = u * tl.load(sigma + row * S + owner).to(u.dtype)
     return u
 
 
@@ -98,39 +92,45 @@ def steps_for(sigma: Tensor | None) -> int:
 @triton.jit
 def excess_of(
     grads, s0, s1, s2, numbers, P, stride, q0, q1, q2,
-    i, offsets, inverse, state, c, KIND, PER_TASK, DTYPE,
+    i, offsets, inverse, state, c, T: tl.constexpr, KIND, PER_TASK, DTYPE,
 ):  # fmt: skip
-    """|u_i| over its allowance; 0 where that is NaN, or the task takes no part."""
+    """|u_i| over its allowance; 0 where that is NaN, where task i takes no part or is none."""
+    end = tl.where(i < T, P, 0)
     if PER_TASK:
-        c, active = coefficients(numbers + i * WIDTH, None, DTYPE)
-        mask = offsets < tl.where(active, P, 0)
+        c, active = coefficients(numbers + i * WIDTH, i < T, DTYPE)
+        end = tl.where(active, end, 0)
         starts = row_starts(i, q0, q1, q2)
-        state = load_state(s0, s1, s2, starts, offsets, mask, KIND)
-    else:
-        mask = offsets < P
-    g_i = tl.load(grads + (i * stride + offsets), mask=mask, other=0.0).to(DTYPE)
+        state = load_state(s0, s1, s2, starts, offsets, offsets < end, KIND)
+    g_i = tl.load(grads + (i * stride + offsets), mask=offsets < end, other=0.0).to(DTYPE)
     u_i, _new = advance(g_i, state, c, KIND)
     excess = tl.abs(u_i) * inverse
     return tl.where(excess > 0, excess, 0.0)
 
 
 @triton.jit
-def lower(bits, numbers, i, S, s, owner, mixed, excess, PER_TASK):
-    """Lower task i's factors to what its `excess` (BLOCK,) asks for.
+def lower(
+    bits, numbers, i, segments, offsets, s, mixed, S, excess,
+    T: tl.constexpr, PER_TASK, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Lower task i's factors to what its `excess` at `offsets` asks for.
 
     Positive float64 numbers have the order of their bits read as integers.
     """
-    lr = tl.load(numbers + (i * WIDTH if PER_TASK else 0) + LR)
+    row = i if PER_TASK else 0
+    lr = tl.load(numbers + row * WIDTH + LR, mask=i < T, other=0.0)
     if mixed:
+        # Looked up for every task again: rare, and nothing to keep in registers where not mixed.
+        start = tl.zeros(offsets.shape, tl.int32) + s
+        owner = last_not_above(segments, offsets, start, S, STEPS)
         ratios = lr * excess.to(tl.float64)
         factors = 1.0 / tl.where(ratios > 1, ratios, 1.0)
         of_each = factors.to(tl.int64, bitcast=True)
-        tl.atomic_min(bits + (i * S + owner), of_each, mask=ratios > 1, sem="relaxed")
+        tl.atomic_min(bits + i * S + owner, of_each, mask=ratios > 1, sem="relaxed")
     else:
         ratio = lr * tl.max(excess, axis=0).to(tl.float64)
         factor = 1.0 / tl.where(ratio > 1, ratio, 1.0)
         of_all = factor.to(tl.int64, bitcast=True)
-        tl.atomic_min(bits + (i * S + s), of_all, mask=ratio > 1, sem="relaxed")
+        tl.atomic_min(bits + i * S + s, of_all, mask=ratio > 1, sem="relaxed")
 
 
 @triton.jit
@@ -154,7 +154,7 @@ def factors_kernel(
     KIND: tl.constexpr,
     T: tl.constexpr,
     PER_TASK: tl.constexpr,
-    UNROLL: tl.constexpr,
+    GROUP: tl.constexpr,
     STEPS: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -170,28 +170,21 @@ def factors_kernel(
         end = tl.where(active, P, 0)
         state = load_state(s0, s1, s2, (0, 0, 0), offsets, offsets < end, KIND)
     inverse = 1.0 / (tl.full((), lambda_rel, DTYPE) * size + tl.full((), lambda_abs, DTYPE))
-    if UNROLL:
-        # All loads before the first sum over threads, which nothing is moved across.
-        all_excess = ()
-        for i in tl.static_range(T):
+    s, mixed = first_owner(segments, first, P, S, STEPS, BLOCK)
+    for task in tl.range(0, T, GROUP):
+        # The loads of several tasks before the first sum over threads, which holds up the next.
+        excesses = ()
+        for k in tl.static_range(GROUP):
             excess = excess_of(
                 grads, s0, s1, s2, numbers, end, stride, q0, q1, q2,
-                i, offsets, inverse, state, c, KIND, PER_TASK, DTYPE,
+                task + k, offsets, inverse, state, c, T, KIND, PER_TASK, DTYPE,
             )  # fmt: skip
-            all_excess = all_excess + (excess,)
-        s, mixed = first_owner(segments, first, P, S, STEPS, BLOCK)
-        owner = all_owners(offsets, segments, s, mixed, S, STEPS)
-        for i in tl.static_range(T):
-            lower(bits, numbers, i, S, s, owner, mixed, all_excess[i], PER_TASK)
-    else:
-        s, mixed = first_owner(segments, first, P, S, STEPS, BLOCK)
-        owner = all_owners(offsets, segments, s, mixed, S, STEPS)
-        for i in tl.range(0, T):
-            excess = excess_of(
-                grads, s0, s1, s2, numbers, end, stride, q0, q1, q2,
-                i, offsets, inverse, state, c, KIND, PER_TASK, DTYPE,
+            excesses = excesses + (excess,)
+        for k in tl.static_range(GROUP):
+            lower(
+                bits, numbers, task + k, segments, offsets, s, mixed, S, excesses[k],
+                T, PER_TASK, STEPS,
             )  # fmt: skip
-            lower(bits, numbers, i, S, s, owner, mixed, excess, PER_TASK)
 
 
 def factors(
@@ -210,7 +203,8 @@ def factors(
     written."""
     n_tasks, size = grads.shape
     if tiling is None:
-        tiling = Tiling(512 if grads.element_size() == 8 else 1024)
+        block = 1024 if n_tasks <= 2 else 512
+        tiling = Tiling(block // 2 if grads.element_size() == 8 else block)
     sigma.fill_(1.0)
     lambda_rel, lambda_abs = clippy
     launch(
@@ -228,7 +222,7 @@ def factors(
         KIND=kind,
         T=n_tasks,
         PER_TASK=is_per_task(state),
-        UNROLL=n_tasks <= MAX_UNROLLED_T,
+        GROUP=min(n_tasks, 2 if is_per_task(state) else 4),
         STEPS=steps_for(sigma),
         DTYPE=working_type(grads),
         BLOCK=tiling.block,

@@ -9,7 +9,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-
 #: Up to this many tasks a loop over them is unrolled whole.
 MAX_UNROLLED_T = 8
 

@@ -42,10 +42,7 @@ ACTIVE = tl.constexpr(Numbers._fields.index("active"))
 @triton.jit
 def entry(row, k: tl.constexpr, mask, DTYPE):
     """Entry k of rows of `numbers`; 0 where `mask`, unless it is None, is not set."""
-    if mask is None:
-        value = tl.load(row + k)
-    else:
-        value = tl.load(row + k, mask=mask, other=0.0)
+    value = tl.load(row + k) if mask is None else tl.load(row + k, mask=mask, other=0.0)
     return value.to(DTYPE)
 
 

@@ -95,6 +95,28 @@ def sum_up(partial, arrived, total, index, LENGTH: tl.constexpr, ROWS: tl.conste
 
 
 @triton.jit
+def update_row(
+    grads, s0, s1, s2, numbers, limit, stride, q0, q1, q2, sigma, S,
+    i, first, offsets, owner, state, c, end, KIND, PER_TASK, APPLY, DTYPE,
+):  # fmt: skip
+    """u_i and g_i at `offsets` from `first` on; with APPLY a task's own moments are written."""
+    if PER_TASK:
+        # Where the row lies depends on the block, if only for the compiler: it would keep the
+        # numbers of all tasks in registers from block to block.
+        row = tl.where(first < limit, i * WIDTH, 0)
+        c, active = coefficients(numbers + row, None, DTYPE)
+        limit = tl.where(active, limit, 0)
+        end = tl.where(active, end, 0)
+        starts = row_starts(i, q0, q1, q2)
+        state = load_state(s0, s1, s2, starts, offsets, offsets < limit, KIND)
+    g_i = tl.load(grads + (i * stride + offsets), mask=offsets < limit, other=0.0).to(DTYPE)
+    u_i, new = advance(g_i, state, c, KIND)
+    if PER_TASK and APPLY:
+        store_state(s0, s1, s2, starts, offsets, offsets < end, new, KIND)
+    return shrunk(u_i, sigma, i, S, owner), g_i
+
+
+@triton.jit
 def search_pairs(
     grads,  # (T, P), rows `stride` apart
     s0,
@@ -138,6 +160,7 @@ def search_pairs(
         c, active = coefficients(numbers, None, DTYPE)
         limit = tl.where(active, P, 0)
     a = ()
+    end = limit
     if APPLY:
         end = end_of_writes(skip, limit)
         for i in tl.static_range(T):
@@ -162,19 +185,10 @@ def search_pairs(
             joint = tl.zeros((BLOCK,), DTYPE)
             g = tl.zeros((BLOCK,), DTYPE)
             for i in tl.static_range(T):
-                reach = limit
-                if PER_TASK:
-                    c, active = coefficients(numbers + i * WIDTH, None, DTYPE)
-                    reach = tl.where(active, limit, 0)
-                    starts = row_starts(i, q0, q1, q2)
-                    state = load_state(s0, s1, s2, starts, offsets, offsets < reach, KIND)
-                g_i = tl.load(grads + (i * stride + offsets), mask=offsets < reach, other=0.0)
-                g_i = g_i.to(DTYPE)
-                u_i, new = advance(g_i, state, c, KIND)
-                if APPLY and PER_TASK:
-                    mask = offsets < tl.where(active, end, 0)
-                    store_state(s0, s1, s2, starts, offsets, mask, new, KIND)
-                u_i = shrunk(u_i, sigma, i, S, owner)
+                u_i, g_i = update_row(
+                    grads, s0, s1, s2, numbers, limit, stride, q0, q1, q2, sigma, S,
+                    i, start, offsets, owner, state, c, end, KIND, PER_TASK, APPLY, DTYPE,
+                )  # fmt: skip
                 us = us + (u_i,)
                 if APPLY:
                     joint += tl.where(a[i] != 0, a[i] * u_i, 0.0)
@@ -219,7 +233,7 @@ def update_tile(
     g = tl.load(grads + (row * stride + offsets), mask=mask, other=0.0).to(DTYPE)
     u, new = advance(g, state, c, KIND)
     if sigma is not None:
-        factor = tl.load(sigma + (row * S + owner), mask=row < T, other=0.0)
+        factor = tl.load(sigma + row * S + owner, mask=row < T, other=0.0)
         u = u * factor.to(DTYPE)
     return u, g, new, mask
 
@@ -260,10 +274,10 @@ def search_tiles(
     """gram's tile (i, j), i >= j, is number i (i+1) / 2 + j of the grid's second axis."""
     program = tl.program_id(0)
     programs = tl.num_programs(0).to(tl.int64)
-    pair = tl.program_id(1)
+    pair = tl.program_id(1).to(tl.int64)
     tile_i = pair * 0
     for k in tl.static_range(1, (T + TILE - 1) // TILE):
-        tile_i += (pair >= k * (k + 1) // 2).to(tl.int32)
+        tile_i += (pair >= k * (k + 1) // 2).to(tl.int64)
     tile_j = pair - tile_i * (tile_i + 1) // 2
     row_i = (tile_i * TILE + tl.arange(0, TILE))[:, None]
     row_j = (tile_j * TILE + tl.arange(0, TILE))[:, None]
@@ -334,27 +348,45 @@ def search_tiles(
         tl.store(gram + column * T + row, result, mask=lower)
 
 
-def tiling_for(n_tasks: int, double: bool, with_apply: bool, n_processors: int) -> Tiling:
+def tiling_for(
+    n_tasks: int,
+    double: bool,
+    with_apply: bool,
+    n_processors: int,
+    per_task: bool = False,
+    clipped: bool = False,
+) -> Tiling:
     """The default tiling.
 
     Pairs keep T (T+1) / 2 accumulators and about 2 T values a coordinate in registers, so a
-    thread takes fewer coordinates the more tasks there are, and the grid holds as many programs
-    as the registers leave room for.
+    thread takes fewer coordinates the more tasks there are and the more is done with them, and the
+    grid holds as many programs as the registers leave room for. Tiles wait in shared memory, those
+    of the moments too where every task keeps its own.
     """
+    heavy = with_apply or per_task or clipped
     if n_tasks > MAX_PAIRS_T:
-        if double:
-            return Tiling(32, programs=2 * n_processors, registers=255, flush=64, tile=16)
-        tile = 16 if n_tasks <= 16 else 32 if n_tasks <= 32 else 64
-        if tile == 64:
-            return Tiling(64, 8, programs=n_processors, registers=255, flush=64, tile=64)
-        return Tiling(64, programs=2 * n_processors, registers=255, flush=64, tile=tile)
-    if n_tasks <= 2 and not with_apply:
+        tile = 16 if n_tasks <= 16 or double else 32 if n_tasks <= 32 else 64
+        warps = 8 if tile == 64 or (heavy and tile == 32) else 4
+        block = 32 if double or per_task or clipped else 64
+        if (per_task and double) or (heavy and n_tasks > tile):
+            block = 16
+        return Tiling(
+            block,
+            warps,
+            programs=8 // warps * n_processors,
+            registers=255,
+            flush=64,
+            tile=tile,
+        )
+    if n_tasks <= 2 and not heavy:
         block = 1024
-    elif n_tasks >= 7 and (with_apply or double):
+    elif n_tasks == MAX_PAIRS_T and per_task and clipped:
+        block = 128
+    elif n_tasks >= (6 if per_task or clipped else 7) and (heavy or double):
         block = 256
     else:
         block = 512
-    shared_by, registers = (4, 128) if n_tasks <= 3 else (2, 255)
+    shared_by, registers = (4, 128) if n_tasks <= (2 if clipped else 3) else (2, 255)
     return Tiling(
         block // 2 if double else block,
         programs=shared_by * n_processors,
@@ -423,9 +455,17 @@ def _run(
     )
 
 
-def _default(grads: Tensor, with_apply: bool) -> Tiling:
-    double = grads.element_size() == 8
-    return tiling_for(len(grads), double, with_apply, processors(grads.device))
+def _default(
+    grads: Tensor, state: Sequence[Tensor], with_apply: bool, sigma: Tensor | None = None
+) -> Tiling:
+    return tiling_for(
+        len(grads),
+        grads.element_size() == 8,
+        with_apply,
+        processors(grads.device),
+        is_per_task(state),
+        sigma is not None,
+    )
 
 
 def search(
@@ -444,7 +484,7 @@ def search(
     Arguments are taken as checked. `gram` is written.
     """
     if tiling is None:
-        tiling = _default(grads, with_apply=False)
+        tiling = _default(grads, state, False, sigma)
     _run(kind, numbers, grads, state, gram, segments=segments, sigma=sigma, tiling=tiling)
 
 
@@ -454,7 +494,7 @@ def gram(grads: Tensor, gram: Tensor, *, tiling: Tiling | None = None) -> None:
     Arguments are taken as checked. `gram` is written.
     """
     if tiling is None:
-        tiling = _default(grads, with_apply=False)
+        tiling = _default(grads, (), False)
     _run(NO_RULE.value, None, grads, (), gram, tiling=tiling)
 
 
@@ -475,16 +515,15 @@ def delayed(
     """The contract's `delayed` (ops/__init__.py), with the factors `sigma` made before.
 
     Where one row tile cannot hold all tasks this is search, then apply: programs of other tiles
-    still read what apply writes. Arguments are taken as checked; `params`, `state` and `gram` are
-    written.
+    still read what apply writes; so it is with more than 32 tasks and moments of their own, for
+    which a program has too few registers. Arguments are taken as checked; `params`, `state` and
+    `gram` are written.
     """
-    if tiling is None:
-        tiling = _default(grads, with_apply=True)
-    rows = kind, numbers, grads, state
-    moved = params, weights
-    clipped = {"segments": segments, "sigma": sigma}
-    if tiling.tile is not None and len(grads) > tiling.tile:
-        search(*rows, gram, **clipped, tiling=tiling)
-        apply(*rows, *moved, **clipped, skip=skip)
+    used = _default(grads, state, True, sigma) if tiling is None else tiling
+    tile = used.tile or len(grads)
+    rows, moved = (kind, numbers, grads, state), (params, weights)
+    if len(grads) > tile or (tile > 32 and is_per_task(state)):
+        search(*rows, gram, segments=segments, sigma=sigma, tiling=tiling)
+        apply(*rows, *moved, segments=segments, sigma=sigma, skip=skip)
         return
-    _run(*rows, gram, *moved, **clipped, skip=skip, tiling=tiling)
+    _run(*rows, gram, *moved, segments=segments, sigma=sigma, skip=skip, tiling=used)
