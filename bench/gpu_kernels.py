@@ -363,9 +363,11 @@ def contestants(
 
     def with_maths(maths: Callable[..., object]) -> Contestant:
         inputs = [[b.tensor(name) for name in names] for b in sets]
-        for x in (x for one in inputs for x in one if x.dim() >= 3):
-            # One compiled function for every P.
-            torch._dynamo.maybe_mark_dynamic(x, x.dim() - 2)
+        if maths is compiled:
+            from torch._dynamo import maybe_mark_dynamic
+
+            for x in (x for one in inputs for x in one if x.dim() >= 3):
+                maybe_mark_dynamic(x, x.dim() - 2)  # one compiled function for every P
         return lambda i: maths(*inputs[i])
 
     found: dict[str, Contestant] = {
@@ -399,11 +401,12 @@ def _check(name: str, contestant: Contestant, expected: Expected) -> None:
 
 def needed_bytes(case: Case, sets: int) -> int:
     """Memory of the sets, of what is kept for the check and of its float64 copies."""
-    kept = set_bytes(case) if case.base in ("apply", "delayed") else 0
-    check = 8 * 10 * case.n_tasks * case.numel // SEGMENTS
+    one = set_bytes(case)
     if case.base == "perturb":
-        check = 8 * 4 * case.numel
-    return sets * set_bytes(case) + kept + check
+        return sets * one + 4 * 8 * case.numel
+    grads = torch.finfo(DTYPES[case.dtype]).bits // 8 * case.n_tasks * case.numel
+    kept = one - grads if case.base in ("apply", "delayed") else 0
+    return sets * one + kept + 10 * 8 * case.n_tasks * case.numel // SEGMENTS
 
 
 def measure(

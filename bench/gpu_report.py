@@ -94,6 +94,10 @@ def _passes(rows: list[Row]) -> list[str]:
         == {row["n_tasks"] for row in rows}
     ]
     main = everywhere[-1] if everywhere else sizes[-1]
+    names = list(dict.fromkeys(row["pass"] for row in rows))
+    rows = sorted(
+        rows, key=lambda row: (names.index(row["pass"]), row["dtype"] != "float32", row["n_tasks"])
+    )
     others = [numel for numel in sizes if numel != main]
     lines = _grid(
         [
@@ -148,10 +152,13 @@ def _solvers(rows: list[Row]) -> list[str]:
 
 
 def _steps(rows: list[Row]) -> list[str]:
-    lines = []
+    if not rows:
+        return []
+    lines = ["Outside passes: the share of a step that is neither forward nor backward."]
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
         lines += [
+            "",
             f"{model.upper()}, batch {mine[0]['batch']}, {mine[0]['shared_parameters']:,} shared "
             f"and {mine[0]['task_parameters']:,} task parameters:",
             "",
@@ -170,7 +177,6 @@ def _steps(rows: list[Row]) -> list[str]:
                     for row in mine
                 ],
             ),
-            "",
         ]
     return lines
 

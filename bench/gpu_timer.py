@@ -28,7 +28,8 @@ Row = dict[str, Any]
 
 #: Rounds of a measurement, whose median counts.
 ROUNDS = 15
-#: Rounds of a contestant that takes longer than `SLOW` seconds a round.
+#: Rounds of a contestant that takes longer than `SLOW` seconds a round, which also bounds the calls
+#: that Python issues.
 SLOW_ROUNDS, SLOW = 5, 0.05
 #: Seconds of calls a round at least.
 ROUND = 2e-3
@@ -64,7 +65,7 @@ class CpuTimer:
         return self.issued(contestant, sets)
 
     def issued(self, contestant: Contestant, sets: int, calls: int = 4) -> float:
-        """Seconds that a call takes when Python issues one after the other."""
+        """Seconds that a call takes when Python issues `calls` one after the other."""
         start = time.perf_counter()
         for i in range(calls):
             contestant(i % sets)
@@ -143,6 +144,7 @@ class CudaTimer(CpuTimer):
         return graph.replay
 
     def issued(self, contestant: Contestant, sets: int, calls: int = 100) -> float:
+        calls = max(3, min(calls, int(SLOW / self._events(lambda: contestant(0)))))
         torch.cuda.synchronize()
         start = time.perf_counter()
         for i in range(calls):

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 
 from fastmto import ops
 
-sys.path.append(str(ROOT / "bench"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
 import gpu
 import gpu_floors
