@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import math
 import pickle
@@ -126,15 +127,19 @@ class World:
     ) -> None:
         self.balancer = balancer
         self.model = net(2, n_tasks=T).to(device, dtype)
+        self.shared = list(self.model.trunk.parameters())
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-2, foreach=False)
         self.dtype = dtype
         self.device = device
 
-    def losses(self, step: int, absent: tuple[int, ...] = ()) -> tuple[list[Tensor | None], Tensor]:
-        """The losses and the features."""
+    def data(self, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(16, 6, generator=generator, dtype=torch.float64)
-        x = x.to(self.device, self.dtype)
+        return x.to(self.device, self.dtype)
+
+    def losses(self, step: int, absent: tuple[int, ...] = ()) -> tuple[list[Tensor | None], Tensor]:
+        """The losses and the features."""
+        x = self.data(step)
         z = self.model.trunk(x)
         losses = [
             (head(z.tanh()) - (i + 1) * x[:, :1].sin()).pow(2).mean() + 0.1
@@ -145,7 +150,7 @@ class World:
     def backward(self, losses: list[Tensor | None], features: Tensor, **options: Any):
         return self.balancer.backward(
             losses,
-            shared_parameters=list(self.model.trunk.parameters()),
+            shared_parameters=self.shared,
             task_specific_parameters=self.model.head_parameters(),
             features=features,
             **options,
@@ -420,6 +425,61 @@ def test_on_a_cpu_the_host_decides_unless_told_otherwise():
     world = World(fastmto.get("nashmtl", T))
     world.step(0)
     assert world.balancer._device_search is None
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's compiler's own
+@pytest.mark.parametrize("capturable", [True, False])
+@pytest.mark.parametrize("key", ["nashmtl", "uncertainty"])
+def test_compiled_training_makes_the_same_steps(key, capturable):
+    """The graph ends at `backward`, once, and does not look into it."""
+
+    def step(world: World, x: Tensor) -> None:
+        world.optimizer.zero_grad()
+        losses = world.model.losses(x)
+        world.balancer.backward(losses, world.shared, world.model.head_parameters())
+        world.optimizer.step()
+
+    worlds = []
+    for _ in range(2):
+        options = {"capturable": capturable, "update_weights_every": 2} if key == "nashmtl" else {}
+        world = World(fastmto.get(key, T, **options))
+        world.optimizer = torch.optim.SGD(world.model.parameters(), lr=1e-2)
+        worlds.append(world)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(step, backend="aot_eager")
+    for number in range(4):
+        compiled(worlds[0], worlds[0].data(number))
+        step(worlds[1], worlds[1].data(number))
+    assert_same(*(list(world.model.parameters()) for world in worlds))
+    reasons = torch._dynamo.utils.counters["graph_break"]
+    assert sum("Balancer.backward" in why for why in reasons) == 1
+    ours = ("fastmto.", "torch.autograd.grad", "Tensor.item", "grad_fn")
+    assert not any(name in why for why in reasons for name in ours)
+
+
+def test_a_capture_reads_nothing_and_keeps_nothing(monkeypatch):
+    """Before weights are found a step reads whether they are; not while a graph is captured, when
+    nothing has been computed yet, nor is anything kept that only a replay will fill."""
+    balancer = fastmto.get("nashmtl", 3, preference=[1.0, 2.0, 3.0], capturable=True)
+    x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    rows = [*REGULAR, [1.0, 1.0]]
+    for _ in range(2):
+        linear(balancer, x, [[1.0, 0.0], [-1.0, 0.0], None])  # no weights
+    linear(balancer, x, [None, [1.0, 0.0], [-1.0, 0.0]])
+    modules = [
+        importlib.import_module(f"fastmto.{name}")
+        for name in ("balancers.gradient_balancer", "balancers.device_search", "weightings.base")
+    ]
+    with monkeypatch.context() as patch:
+        for module in modules:
+            patch.setattr(module, "capturing", lambda device: True)
+        linear(balancer, x, [rows[0], None, rows[1]], reads=False)
+        assert not balancer._found
+        assert set(balancer._device_search._indices) == {(0, 1), (1, 2)}
+    linear(balancer, x, [rows[0], None, rows[1]])
+    assert balancer._found
+    assert set(balancer._device_search._indices) == {(0, 1), (1, 2), (0, 2)}
 
 
 def test_no_task_reaches_what_is_shared():

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..checks import check_choice
+from ..device import Uncompiled
 from ..errors import NonFiniteError, warn
 from ..per_task import take
 from ..task_gradients import Losses, as_list, first_nonfinite
@@ -206,6 +207,7 @@ class Balancer(ABC):
         self.update_weights_every = update_weights_every
         self.on_nonfinite = on_nonfinite
         self._given_tasks = n_tasks
+        Uncompiled.prepare()
         self.reset()
 
     def reset(self) -> None:
@@ -244,6 +246,7 @@ class Balancer(ABC):
         """
         return []
 
+    @Uncompiled
     def backward(
         self,
         losses: Losses,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..device import capturing
 from ..solvers import STATUSES, Result
 from ..weightings import DeviceSolver
 from ..weightings.base import MAX_SETS, on_device
@@ -118,8 +119,11 @@ class DeviceSearch:
 
     def _index(self, tasks: Sequence[int]) -> Tensor:
         key = tuple(tasks)
-        if key not in self._indices:
+        if key in self._indices:
+            return self._indices[key]
+        index = on_device(key, self.weights.device, torch.int64)
+        if not capturing(index.device):  # in a capture nothing is computed yet
             if len(self._indices) >= MAX_SETS:
                 self._indices.clear()
-            self._indices[key] = on_device(key, self.weights.device, torch.int64)
-        return self._indices[key]
+            self._indices[key] = index
+        return index

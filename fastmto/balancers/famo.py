@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
+from ..device import Uncompiled
 from ..errors import NonFiniteError, warn
 from ..per_task import TaskAdam, like, put, take
 from ..task_gradients import Losses, as_list, first_nonfinite
@@ -117,6 +118,7 @@ class FAMO(LossBalancer):
     def needs_update(self) -> bool:
         return True
 
+    @Uncompiled
     def update(self, losses: Losses) -> None:
         """Move the logits by how far the losses fell since the last search.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import weightings
+from ..device import Uncompiled
 from ..errors import NonFiniteError, SolverError, warn
 from ..task_gradients import Losses, as_list
 from ..weightings import Weighting
@@ -540,6 +541,7 @@ class MARIGOLD(Balancer):
         self._lambda[tasks] = found
         self._found = True
 
+    @Uncompiled
     def update(self, losses: Losses) -> None:
         """Take the losses after the optimizer's step on the same batch, for estimator="reuse".
 

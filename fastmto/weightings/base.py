@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..device import capturing
 from ..errors import SolverError
 from ..solvers import Result
 
@@ -175,12 +176,15 @@ def device_copies(
 
     def copy(gram: Tensor, tasks: Sequence[int] | None) -> Tensor | None:
         key = (gram.device, len(gram), None if tasks is None else tuple(tasks))
-        if key not in copies:
+        if key in copies:
+            return copies[key]
+        vector = values(gram, tasks)
+        made = None if vector is None else on_device(vector, gram.device)
+        if not capturing(gram.device):  # in a capture nothing is computed yet
             if len(copies) >= MAX_SETS:
                 copies.clear()
-            vector = values(gram, tasks)
-            copies[key] = None if vector is None else on_device(vector, gram.device)
-        return copies[key]
+            copies[key] = made
+        return made
 
     return copy
 
