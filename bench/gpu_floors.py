@@ -87,8 +87,9 @@ def _vectors(name: str) -> str:
 
 def table(tasks: tuple[int, ...] = (2, 3, 8, 32), numel: int = 10**8) -> str:
     """Every pass's floor in float32 at `numel`, as a Markdown table."""
+    power = f"{numel:.0e}".replace("e+0", "e")
     head = " | ".join(f"T = {n}: MB, us" for n in tasks)
-    lines = [f"| pass, P = {numel:.0e} | bytes / (4 P) | {head} |", "|---" * (len(tasks) + 2) + "|"]
+    lines = [f"| pass, P = {power} | bytes / (4 P) | {head} |", "|---" * (len(tasks) + 2) + "|"]
     for name in TRAFFIC:
         cells = []
         for n_tasks in tasks:
