@@ -39,6 +39,7 @@ GRAM_ERROR = 1e-8
 MOST_KAPPA = 0.1 / GRAM_ERROR
 #: Tasks a batched backward takes at once where nobody said otherwise.
 AT_ONCE = 8
+HEADS_NOT_FINITE = "the gradient of a task-specific parameter is not finite"
 
 
 class GradientOptions(TypedDict, total=False):
@@ -186,7 +187,7 @@ class GradientBalancer(Balancer):
         """
         assert self.weights is not None
         if batch.seed is not None and not bool(buffers.finite_heads()):
-            raise NonFiniteError("a task-specific parameter's gradient is not finite")
+            raise NonFiniteError(HEADS_NOT_FINITE)
         gram = status = None
         weights = self.weights.clone()
         try:
@@ -219,9 +220,12 @@ class GradientBalancer(Balancer):
             seed=batch.seed,
             divides=self._divides(batch),
         )
-        if self._looks_at(batch) and not buffers.finite(buffers.joint):
-            what = "the gradient of the weighted losses is not finite"
-            return self._not_finite(batch, buffers, what)
+        if self._looks_at(batch):
+            if not buffers.finite(buffers.joint):
+                what = "the gradient of the weighted losses is not finite"
+                return self._not_finite(batch, buffers, what)
+            if batch.seed is not None and not bool(buffers.finite_heads()):
+                return self._not_finite(batch, buffers, HEADS_NOT_FINITE)
         self._counted["backwards"] += buffers.gradients.backwards - before
         info = Info(self.weights, self.names)
         return self._deliver(batch, buffers, self._head_weights(batch)), info

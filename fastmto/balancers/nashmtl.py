@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import weightings
+from ..weightings.base import joint_length
 from .buffers import Buffers
 from .gradient_balancer import GradientOptions, GramBalancer
 
@@ -58,6 +59,6 @@ class NashMTL(GramBalancer):
         """The last weights are as large as the gradients they were found for were small."""
         if not self.max_norm:
             return weights
-        length = (weights @ gram @ weights).clamp(min=0.0).sqrt()
+        length = joint_length(gram, weights)
         long = (length > self.max_norm) & length.isfinite()
         return torch.where(long, weights * (self.max_norm / length), weights)

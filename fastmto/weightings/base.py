@@ -167,6 +167,11 @@ def of_tasks(
     )
 
 
+def joint_length(gram: Tensor, weights: Tensor) -> Tensor:
+    """||sum_i weights_i g_i||, a scalar; not by the BLAS, whose bits depend on the alignment."""
+    return (weights[:, None] * gram * weights).sum().clamp(min=0.0).sqrt()
+
+
 def device_copies(
     values: Callable[[Tensor, Sequence[int] | None], NDArray[np.float64] | None],
 ) -> Callable[[Tensor, Sequence[int] | None], Tensor | None]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .bargaining import Bargaining
-from .base import DeviceSolver
+from .base import DeviceSolver, joint_length
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -95,7 +95,7 @@ class NashMTL(Bargaining):
         assert self.result is not None
         assert self.result.weights is not None
         a = self.result.weights.to("cpu", torch.float64)
-        length = math.sqrt(max(float(a @ gram.detach().to("cpu", torch.float64) @ a), 0.0))
+        length = float(joint_length(gram.detach().to("cpu", torch.float64), a))
         return weights if length <= self.max_norm else weights * (self.max_norm / length)
 
     def device_solver(self, n_tasks: int) -> DeviceSolver | None:
@@ -107,8 +107,7 @@ class NashMTL(Bargaining):
             gram: Tensor, weights: Tensor, info: Tensor, tasks: Sequence[int] | None
         ) -> None:
             solve(gram, weights, info, tasks)
-            length = (weights @ gram @ weights).clamp(min=0.0).sqrt()
-            weights.mul_((max_norm / length).clamp(max=1.0))
+            weights.mul_((max_norm / joint_length(gram, weights)).clamp(max=1.0))
 
         return clipped
 
