@@ -380,3 +380,42 @@ def test_pub_steps_inside_and_refuses_a_scaler():
     off = torch.amp.GradScaler("cpu", enabled=False)
     fastmto.get("pub").backward(losses, [x], [], scaler=off)
     assert not torch.equal(x.detach(), torch.ones(2))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("key", ["nashmtl", "mgda", "uncertainty"])
+def test_a_gpu_waits_for_nothing_but_the_scaler(key, every):
+    """float16 autocast from a scale that is too large: the scaler brings it down."""
+    balancer = fastmto.get(key, 3, update_weights_every=every)
+    world = World(balancer, dtype=torch.float32)
+    world.model.cuda()
+    parameters = [*world.model.parameters(), *(p for p in balancer.parameters())]
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**24)
+    first = last = 0.0
+    optimizer = None
+    for step in range(80):
+        with torch.autocast("cuda", torch.float16):
+            z = world.model.trunk(world.data(step % 2).cuda())
+            losses = [
+                (head(z.tanh()) - i - 1).float().pow(2).mean() + 0.1
+                for i, head in enumerate(world.model.heads)
+            ]
+        found = balancer._found
+        if found and step > 1:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            balancer.backward(losses, **world.arguments(0), scaler=scaler)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        # Learnable parameters go to the losses' device at the first backward.
+        optimizer = optimizer or torch.optim.Adam(parameters, lr=0.01)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        last = sum(loss.item() for loss in losses)
+        first = first or last
+    assert scaler.get_scale() < 2.0**24
+    assert balancer.weights.isfinite().all()
+    assert last < 0.7 * first

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fastmto
+from fastmto import ops
 from fastmto.balancers import GramBalancer
 
 T = 3
@@ -480,6 +481,28 @@ def test_a_capture_reads_nothing_and_keeps_nothing(monkeypatch):
     linear(balancer, x, [rows[0], None, rows[1]])
     assert balancer._found
     assert set(balancer._device_search._indices) == {(0, 1), (1, 2), (0, 2)}
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_steps_on_the_kernels_for_gpus(method, dtype, monkeypatch):
+    """The same flow over the Triton backend, interpreted, beside the CPU's kernels."""
+    pytest.importorskip("triton")
+    options = {"update_weights_every": 2, "n_tasks": T, "capturable": True}
+    here, there = (World(method.build(**options), dtype) for _ in range(2))
+    for step in range(5):
+        here.step(step, absent_at(step))
+    gpu, used = ops._module("gpu"), []
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "_module", lambda name: used.append(name) or gpu)
+        for step in range(5):
+            there.step(step, absent_at(step), reads=step == 0)
+    assert used
+    assert here.balancer.stats == there.balancer.stats
+    rtol = 1e-4 if dtype == torch.float32 else 2e-2
+    close(here.balancer.weights, there.balancer.weights, rtol=rtol, atol=1e-6)
+    for p, q in zip(here.model.parameters(), there.model.parameters(), strict=True):
+        close(p, q, rtol=rtol, atol=rtol)
 
 
 def test_no_task_reaches_what_is_shared():
