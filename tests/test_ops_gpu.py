@@ -1,4 +1,4 @@
-"""The GPU backend's checks and its choice between Triton and plain torch.
+"""The GPU backend's checks, and what it launches.
 
 Its functions ask only that all tensors share a device, so where there is no GPU they run here on
 the CPU, the Triton passes interpreted.
@@ -27,98 +27,139 @@ from ops_cases import (
     expected_gradient_gram,
     expected_gram,
 )
+from reads import NothingIsRead
 
 from fastmto.rules import Clippy
 
 pytest.importorskip("triton")
 
-from fastmto.ops import eager, gpu, triton_apply, triton_search
+from fastmto.ops import (
+    gpu,
+    triton_apply,
+    triton_clippy,
+    triton_combine,
+    triton_rules,
+    triton_search,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: Clippy and whether every task keeps its own moments.
+MODIFIERS = {
+    "plain": (None, False),
+    "clippy": (Clippy(), False),
+    "adatask": (None, True),
+    "both": (Clippy(), True),
+}
+
+
+def inputs_of(modifier: str, n_tasks: int = 2) -> Inputs:
+    clippy, adatask = MODIFIERS[modifier]
+    case = Case(RULES["adam"], n_tasks, 401, clippy=clippy, adatask=adatask, padding=3, lr=0.5)
+    return build(case)
 
 
 def arguments(inputs: Inputs, **changes: Any) -> dict[str, Any]:
     """Keywords of `delayed`."""
     made = {
-        "rule": inputs.rule,
-        "step": inputs.step,
+        "kind": inputs.kind,
+        "numbers": inputs.numbers,
         "grads": inputs.grads,
         "state": inputs.state,
         "params": inputs.params,
         "weights": inputs.weights,
         "gram": inputs.poisoned_gram(),
-        "lr": inputs.lr,
-        "weight_decay": inputs.weight_decay,
     }
     if inputs.clippy is not None:
         made |= {
-            "clippy": inputs.clippy,
+            "clippy": inputs.lambdas,
             "segments": inputs.segments,
             "sigma": inputs.poisoned_sigma(),
         }
     return made | changes
 
 
-def only(keywords: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: keywords[name] for name in names if name in keywords}
+def of_search(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Of the keywords of `delayed` those of `search`."""
+    return {k: v for k, v in keywords.items() if k not in ("weights", "skip")} | (
+        {} if "clippy" in keywords else {"params": None}
+    )
 
 
-@pytest.mark.parametrize("modifier", ["none", "clippy", "adatask", "both"])
-def test_every_configuration_follows_the_reference(
-    modifier: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Clippy and AdaTask without Triton, everything else without plain torch."""
-    unused = (
-        [(eager, "search"), (eager, "apply"), (eager, "delayed")]
-        if modifier == "none"
-        else [(triton_search, "search"), (triton_search, "delayed"), (triton_apply, "apply")]
-    )
-    for module, name in unused:
-        monkeypatch.delattr(module, name)
-    host = build(
-        Case(
-            RULES["adam"],
-            numel=401,
-            padding=3,
-            lr=0.5,
-            clippy=Clippy() if modifier in ("clippy", "both") else None,
-            adatask=modifier in ("adatask", "both"),
-        )
-    )
+def of_apply(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Of the keywords of `delayed` those of `apply`."""
+    return {k: v for k, v in keywords.items() if k not in ("gram", "clippy")}
+
+
+@pytest.mark.parametrize("modifier", MODIFIERS)
+def test_every_configuration_follows_the_reference(modifier: str) -> None:
+    host = inputs_of(modifier)
     inputs = host.to(DEVICE)
     searched = arguments(inputs)
-    gpu.search(
-        **only(
-            searched,
-            "rule",
-            "step",
-            "grads",
-            "state",
-            "gram",
-            "clippy",
-            "params",
-            "lr",
-            "segments",
-            "sigma",
-        )
-    )
+    gpu.search(**of_search(searched))
     sigma = searched.get("sigma")
     close(searched["gram"], expected_gram(host, sigma), torch.float32, name="gram")
 
     expected = expected_apply(host, sigma)
     after = inputs.clone()
-    changes = {} if sigma is None else {"sigma": sigma, "segments": inputs.segments}
-    applied = arguments(after) | changes
-    applied.pop("gram")
-    applied.pop("clippy", None)
-    gpu.apply(**applied)
+    changes = {} if sigma is None else {"sigma": sigma}
+    gpu.apply(**of_apply(arguments(after, **changes)))
     close_applied(after.params, after.state, expected, host)
 
     at_once = inputs.clone()
     both = arguments(at_once)
     gpu.delayed(**both)
     close_applied(at_once.params, at_once.state, expected, host)
-    assert torch.equal(both["gram"], searched["gram"])
+    close(both["gram"], expected_gram(host, sigma), torch.float32, name="gram of delayed")
+    assert sigma is None or torch.equal(both["sigma"], sigma)
+
+
+def test_skip() -> None:
+    inputs = inputs_of("both").to(DEVICE)
+    skip = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    for op, select in ((gpu.apply, of_apply), (gpu.delayed, dict)):
+        after = inputs.clone()
+        sigma = torch.ones_like(inputs.poisoned_sigma())
+        op(**select(arguments(after, skip=skip, sigma=sigma)))
+        assert torch.equal(after.params, inputs.params)
+        assert all(torch.equal(a, b) for a, b in zip(after.state, inputs.state, strict=True))
+
+
+class Launches:
+    """Stands in for `launch`: only says what would run."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kernels: list[str] = []
+        for module in (triton_search, triton_apply, triton_clippy, triton_combine):
+            monkeypatch.setattr(module, "launch", self)
+
+    def __call__(self, kernel: Any, *args: Any, **constants: Any) -> None:
+        self.kernels.append(kernel.fn.__name__)
+
+    def take(self) -> list[str]:
+        taken, self.kernels = self.kernels, []
+        return taken
+
+
+@pytest.mark.parametrize("n_tasks", [2, 9])
+@pytest.mark.parametrize("modifier", MODIFIERS)
+def test_one_launch_a_pass_and_one_more_with_clippy_and_nothing_is_read(
+    modifier: str, n_tasks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = inputs_of(modifier, n_tasks)
+    skip = torch.zeros(1, dtype=torch.int32)
+    launches = Launches(monkeypatch)
+    before = ["factors_kernel"] if inputs.clippy is not None else []
+    search = "search_pairs" if n_tasks <= 8 else "search_tiles"
+    with NothingIsRead():
+        gpu.search(**of_search(arguments(inputs)))
+        assert launches.take() == [*before, search]
+        gpu.delayed(**arguments(inputs, skip=skip))
+        assert launches.take() == [*before, search]
+        gpu.apply(**of_apply(arguments(inputs, skip=skip)))
+        assert launches.take() == ["apply_kernel"]
+        gpu.gram(inputs.grads, inputs.poisoned_gram())
+        gpu.combine(inputs.grads, inputs.weights, torch.empty_like(inputs.params))
+        assert launches.take() == [search, "combine_kernel"]
 
 
 def test_gram() -> None:
@@ -133,35 +174,45 @@ def test_gram() -> None:
         gpu.gram(inputs.grads, gram.float())
 
 
-def test_combine_and_all_finite() -> None:
+def test_combine() -> None:
     host = build(Case(RULES["adam"], numel=401))
     inputs = host.to(DEVICE)
     out = torch.full_like(inputs.params, torch.nan)
-    assert not gpu.all_finite(out)
     gpu.combine(inputs.grads, inputs.weights, out)
     close(out, expected_combine(host), torch.float32)
-    assert gpu.all_finite(out)
+
+
+def test_every_kind_has_its_number_of_states() -> None:
+    for rule in RULES.values():
+        assert triton_rules.N_STATES[rule.kind] == len(rule.state_names)
 
 
 @pytest.mark.parametrize(
     ("name", "bad"),
     [
         ("grads", torch.zeros(2, 802)[:, ::2]),
+        ("grads", torch.zeros(401).expand(2, 401)),
         ("grads", torch.zeros(2, 401, dtype=torch.int32)),
         ("grads", torch.zeros(0, 401)),
         ("grads", torch.zeros(401)),
-        ("state", (torch.zeros(401),)),
-        ("state", (torch.zeros(401), torch.zeros(400))),
-        ("state", (torch.zeros(401), torch.zeros(401, dtype=torch.float64))),
-        ("state", (torch.zeros(401), torch.zeros(802)[::2])),
-        ("step", 0),
-        ("state", (torch.zeros(2, 401), torch.zeros(2, 401))),
+        ("kind", 6),
+        ("kind", -1),
+        ("state", [torch.zeros(401)]),
+        ("state", [torch.zeros(401), torch.zeros(400)]),
+        ("state", [torch.zeros(401), torch.zeros(401, dtype=torch.float64)]),
+        ("state", [torch.zeros(401), torch.zeros(802)[::2]]),
+        ("state", [torch.zeros(401), torch.zeros(2, 401)]),
+        ("numbers", torch.zeros(2, 11, dtype=torch.float64)),
+        ("numbers", torch.zeros(1, 11)),
+        ("numbers", torch.zeros(1, 10, dtype=torch.float64)),
         ("params", torch.zeros(400)),
         ("params", torch.zeros(401, dtype=torch.float64)),
         ("weights", torch.zeros(2)),
         ("weights", torch.zeros(3, dtype=torch.float64)),
         ("gram", torch.zeros(2, 2)),
         ("gram", torch.zeros(2, 4, dtype=torch.float64)[:, ::2]),
+        ("skip", torch.zeros(1)),
+        ("skip", torch.zeros(2, dtype=torch.int32)),
     ],
 )
 def test_bad_arguments_are_named(name: str, bad: Any) -> None:
@@ -173,22 +224,32 @@ def test_bad_arguments_are_named(name: str, bad: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "bad"),
     [
-        ("step", [1]),
-        ("step", [1, -1]),
-        ("state", (torch.zeros(401), torch.zeros(401))),
-        ("segments", torch.tensor([0, 400])),
-        ("segments", torch.tensor([0, 300, 200, 401])),
+        ("numbers", torch.zeros(1, 11, dtype=torch.float64)),
+        ("state", [torch.zeros(2, 401), torch.zeros(401)]),
+        ("state", [torch.zeros(2, 401), torch.zeros(3, 401)]),
+        ("state", [torch.zeros(2, 401), torch.zeros(2, 802)[:, ::2]]),
+        ("segments", torch.tensor([0])),
+        ("segments", torch.tensor([[0, 401]])),
         ("segments", torch.tensor([0.0, 401.0])),
+        ("segments", None),
         ("sigma", torch.ones(2, 9, dtype=torch.float64)),
-        ("Clippy needs .* no sigma", {"sigma": None}),
-        ("clippy", {"clippy": None}),
+        ("sigma", torch.ones(2, 6)),
+        ("sigma", None),
+        ("clippy", None),
+        ("clippy", (0.5,)),
     ],
 )
 def test_bad_modifier_arguments_are_named(name: str, bad: Any) -> None:
-    inputs = build(Case(RULES["adam"], numel=401, clippy=Clippy(), adatask=True))
-    changes = bad if isinstance(bad, dict) else {name: bad}
+    inputs = inputs_of("both")
     with pytest.raises(ValueError, match=f"^{name}"):
-        gpu.delayed(**arguments(inputs, **changes))
+        gpu.delayed(**arguments(inputs, **{name: bad}))
+
+
+def test_a_search_with_clippy_needs_the_parameters() -> None:
+    keywords = of_search(arguments(inputs_of("clippy")))
+    for bad in (None, torch.zeros(400)):
+        with pytest.raises(ValueError, match="^params"):
+            gpu.search(**keywords | {"params": bad})
 
 
 def test_without_triton_the_import_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
