@@ -422,6 +422,24 @@ def test_what_the_tensors_say_is_refused_at_the_first_step():
         linear(many, x, [[1.0, float(i)] for i in range(65)])
 
 
+def test_a_float16_head_is_refused_as_well():
+    x, head = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.ones(2, dtype=torch.float16))
+    balancer = fastmto.get("nashmtl", capturable=True, update_weights_every=2)
+    losses = [(x * torch.tensor(row)).sum() + head.sum() * k for k, row in enumerate(REGULAR)]
+    with pytest.raises(ValueError, match=r"capturable .* small weights of float16 gradients"):
+        balancer.backward(losses, [x], [[], [head]])
+
+
+def test_what_a_subclass_does_on_the_host_is_not_left_out():
+    class Halved(GramBalancer):
+        def _solve(self, gram, active, batch):
+            return super()._solve(gram, active, batch) / 2
+
+    with pytest.raises(ValueError, match="capturable must be None or False"):
+        Halved(fastmto.weightings.Equal(), capturable=True)
+    assert Halved(fastmto.weightings.Equal())._device_solver(2) is None
+
+
 def test_on_a_cpu_the_host_decides_unless_told_otherwise():
     world = World(fastmto.get("nashmtl", T))
     world.step(0)

@@ -57,7 +57,7 @@ class Buffers:
         self.task_rows = [rows[:n_tasks] for rows in self.gradients.rows]
         self.joint_rows = [rows[n_tasks] for rows in self.gradients.rows]
         self.device = self.layouts[0].device
-        self.dtypes = dtypes
+        self.dtypes = {*dtypes, *(p.dtype for _, p in heads)}
         #: Whether sums over gradients run in float32.
         self.narrow = any(d != torch.float64 for d in dtypes)
         ops.backend(self.device)  # raises where there is none

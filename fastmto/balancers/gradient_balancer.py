@@ -91,7 +91,7 @@ class GradientBalancer(Balancer):
     The `.grad` that `backward` leaves shows a buffer which the next step uses again: clone it to
     keep it. What is still in `.grad` when `backward` is called again is kept and added to; every
     call is a step of `update_weights_every`. A task whose first search is still to come is
-    searched for at once.
+    searched for at once (capturable: once, whether weights are found then or not).
 
     Gradients are taken by `torch.autograd.grad`: hooks that wait for an accumulated gradient do
     not fire, and nothing is reduced between the processes of a DistributedDataParallel model,
@@ -324,7 +324,7 @@ class GradientBalancer(Balancer):
 
         Args:
             n_tasks: T.
-            dtypes: of the gradients, as far as they are known.
+            dtypes: of all gradients, as far as they are known.
         """
         return f"{type(self).__name__} decides on the host"
 
@@ -452,11 +452,11 @@ class GramBalancer(GradientBalancer):
         return counted
 
     def _device_solver(self, n_tasks: int) -> DeviceSolver | None:
-        """What finds the weights on the device, or None.
-
-        A subclass that changes `_weigh`, `_solve` or `_join` changes this, too.
-        """
-        return self.weighting.device_solver(n_tasks)
+        """What finds the weights on the device; None where a subclass does more than its weighting
+        and has not said how that is done there."""
+        steps = ("_weigh", "_solve", "_join")
+        changed = any(getattr(type(self), x) is not getattr(GramBalancer, x) for x in steps)
+        return None if changed else self.weighting.device_solver(n_tasks)
 
     def _why_on_host(self, n_tasks: int, dtypes: Iterable[torch.dtype]) -> str | None:
         obstacles = {

@@ -95,6 +95,8 @@ class MARIGOLD(Balancer):
     `.grad` gets the gradient of sum_i w_i f_i, heads included, by one backward; w = lambda unless
     `preference` or `log_losses` says otherwise. It sums to 1, not to T. d is the gradient of this
     backward on `shared_parameters` alone, whatever `.grad` held before.
+    With a GradScaler d is a copy without the scale (P more memory), and no evaluation sees the
+    scale; a d that is not finite is left to the scaler, counted in `stats["skipped"]`.
 
     Estimators (`docs/marigold.md` has errors and costs):
         "forward"     (f_j(theta + mu d) - f_j(theta)) / mu: one evaluation of the closure.
