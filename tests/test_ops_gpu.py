@@ -248,7 +248,7 @@ def test_bad_modifier_arguments_are_named(name: str, bad: Any) -> None:
 def test_a_search_with_clippy_needs_the_parameters() -> None:
     keywords = of_search(arguments(inputs_of("clippy")))
     for bad in (None, torch.zeros(400)):
-        with pytest.raises(ValueError, match="^params"):
+        with pytest.raises(ValueError, match=r"^params"):
             gpu.search(**keywords | {"params": bad})
 
 
