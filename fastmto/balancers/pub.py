@@ -20,7 +20,8 @@ class PUB(Balancer):
     `balancer.backward(...)` and then step a torch optimizer of their own. The parameters named in
     the call are moved by PUB at once and have no `.grad` afterwards, so the other optimizer
     leaves them alone. Its learning rate is `lr` here, not the other optimizer's; a scheduler works
-    on `optimizer`, which exists from the first `backward` on.
+    on `optimizer`, which exists from the first `backward` on. Every call reads its counts, which
+    waits for the device, and there is no GradScaler here.
 
     Source: PUB, arXiv 2410.05806; see `fastmto.PUB`.
 
@@ -111,7 +112,7 @@ class PUB(Balancer):
             self.weights,
             self.names,
             gram=optimizer.gram if searched else None,
-            result=getattr(optimizer.weighting, "result", None) if searched else None,
+            result=optimizer.result if searched else None,
             skipped="a gradient is not finite" if skipped else None,
         )
         return self._weighted_sum(batch), info
