@@ -378,9 +378,9 @@ def tiling_for(
             flush=64,
             tile=tile,
         )
-    if n_tasks <= 2 and not heavy:
+    if n_tasks <= 2 and not (heavy or double):
         block = 1024
-    elif n_tasks == MAX_PAIRS_T and per_task and clipped:
+    elif n_tasks == MAX_PAIRS_T and per_task and (with_apply or clipped):
         block = 128
     elif n_tasks >= (6 if per_task or clipped else 7) and (heavy or double):
         block = 256
