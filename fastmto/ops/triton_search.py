@@ -380,7 +380,7 @@ def tiling_for(
         )
     if n_tasks <= 2 and not (heavy or double):
         block = 1024
-    elif n_tasks == MAX_PAIRS_T and per_task and (with_apply or clipped):
+    elif n_tasks == MAX_PAIRS_T and per_task and clipped:
         block = 128
     elif n_tasks >= (6 if per_task or clipped else 7) and (heavy or double):
         block = 256
