@@ -104,6 +104,8 @@ def test_the_inspection_of_offsets_finds_narrow_ones(
     for name, made in controls.items():
         assert made["looked_at"] == 2, name
         assert bool(made["narrow"]) == ("narrow" in name), name
+    for name, width in (("wide_block", 16), ("narrow_carried", 4)):
+        assert widths(controls[f"control | {name}"]) == {"grads": {width}, "out": {width}}
     late = controls["control | narrow_late"]["narrow"]
     assert any(re.search(r"arith\.muli .*: i32$", line) for line in late)
 
