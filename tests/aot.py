@@ -84,12 +84,13 @@ def described_cuda(made: Any) -> dict[str, Any]:
 
 
 def described_hip(made: Any) -> dict[str, Any]:
-    """Registers and scratch memory of a kernel."""
+    """Registers and scratch memory of a kernel, and how often it forms an address in 32 bits."""
     code = made.asm["amdgcn"]
     numbers = {name: int(n) for name, n in re.findall(r"\.(\w+):\s+(\d+)$", code, re.MULTILINE)}
     return {
         "registers": numbers["vgpr_count"],
         "spilled": numbers["private_segment_fixed_size"],
+        "narrow": len(re.findall(r"\bbuffer_(?:load|store)", code)),
     }
 
 
@@ -189,6 +190,18 @@ def compile_without_a_rule(record: Recorder, whole: bool) -> None:
             )
         record.case = f"perturb {dtype} given"
         gpu.perturb(params, rows, scale=scale, direction=rows.clone())
+
+
+def compile_past_two_gigabytes(record: Recorder) -> None:
+    """AMD's compiler takes 32-bit offsets to tensors it is told are small; these are not.
+
+    Their memory is never touched.
+    """
+    grads = torch.empty(1, 2**30 + 16, dtype=half)
+    record.case = "large combine"
+    gpu.combine(grads, torch.ones(1, dtype=double), torch.empty(2**30 + 16, dtype=half))
+    record.case = "large check"
+    gpu.check(grads, torch.zeros(1, dtype=torch.int32))
 
 
 def compile_control(record: Recorder) -> None:
@@ -297,6 +310,8 @@ def main(target: str) -> None:
     whole = target == WHOLE
     if whole:
         compile_controls(record)
+    if backend == "hip":
+        compile_past_two_gigabytes(record)
     compile_without_a_rule(record, whole)
     compile_control(record)
     compile_solvers(record, whole)
