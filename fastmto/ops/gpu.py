@@ -48,7 +48,7 @@ def _check(
     if tensor.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
     if tensor.device != like.device:
-        raise ValueError(f"{name} must be on {like.device} like grads, got {tensor.device}")
+        raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 
