@@ -228,9 +228,14 @@ def test_more_tasks_than_a_tile_holds(modifier: str) -> None:
     check(case, Tiling(32, programs=2, flush=1, tile=16), BLOCKS)
 
 
-@modifiers
-def test_64_tasks(modifier: str) -> None:
-    check(modified(modifier, RULES["adam"], 64, numel=131, sizes=[100, 31]), None, None)
+@pytest.mark.parametrize(
+    ("dtype", "modifier"),
+    [*itertools.product([torch.float32], MODIFIERS), (torch.float64, "both"), (DTYPES[3], "both")],
+    ids=str,
+)
+def test_64_tasks(dtype: torch.dtype, modifier: str) -> None:
+    case = modified(modifier, RULES["adam"], 64, dtype=dtype, numel=131, sizes=[100, 31])
+    check(case, None, None)
 
 
 @modifiers
@@ -247,7 +252,7 @@ def test_repeats_bit_for_bit_and_leaves_the_counters_at_zero(modifier: str) -> N
         tiling = Tiling(32, programs=4, flush=1, tile=None if n_tasks == 2 else 16)
         sigma = factors(inputs)
         first = searched(inputs, tiling, sigma)
-        _, arrived = triton_launch.workspace(DEVICE, 1, 1)
+        _, arrived = triton_launch.workspace(inputs.grads.device, 1, 1)
         assert not arrived.any()
         again = factors(inputs)
         assert sigma is None or (again is not None and torch.equal(again, sigma))
@@ -447,7 +452,9 @@ def test_a_graph_takes_over_the_workspace_of_an_earlier_pass(
     """And gets no memory while it is captured."""
     monkeypatch.setattr(triton_launch, "_workspaces", {})
     monkeypatch.setattr(triton_launch, "_captured", {})
-    inputs = build(Case(RULES["adam"], 2, 401)).to(DEVICE)
+    host = build(Case(RULES["adam"], 2, 401))
+    inputs = host.to(DEVICE)
+    device = inputs.grads.device
     monkeypatch.setattr(triton_launch, "_is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="run one step"):
         searched(inputs, PAIRS)
@@ -455,15 +462,15 @@ def test_a_graph_takes_over_the_workspace_of_an_earlier_pass(
     searched(inputs, PAIRS)
     (mine,) = triton_launch._workspaces.values()
     # As if that had been on another stream.
-    triton_launch._workspaces = {(DEVICE, -1): mine}
+    triton_launch._workspaces = {(device, -1): mine}
     monkeypatch.setattr(triton_launch, "_is_capturing", lambda device: True)
     gram = searched(inputs, PAIRS)
-    close(gram, expected_gram(build(Case(RULES["adam"], 2, 401))), torch.float32)
+    close(gram, expected_gram(host), torch.float32)
     assert list(triton_launch._workspaces.values()) == [mine]
-    assert (DEVICE, -1) not in triton_launch._workspaces
+    assert (device, -1) not in triton_launch._workspaces
     assert list(triton_launch._captured.values()) == [mine]
     with pytest.raises(RuntimeError, match="run one step"):
-        triton_launch.workspace(DEVICE, mine[0].numel() + 1, 1)
+        triton_launch.workspace(device, mine[0].numel() + 1, 1)
 
 
 @pytest.mark.parametrize(("n_tasks", "dtype"), [(1, DTYPES[0]), *((9, d) for d in DTYPES)], ids=str)

@@ -9,10 +9,11 @@ as one Triton launch each.
 Floor for N state tensors: (T + N) P elements read, (T + N T) P where every task keeps its own, and
 T^2 written; delayed also reads the P parameters and writes parameters and state. With Adam and
 float32 that is 4 (T+2) P and 4 (T+6) P bytes, or 12 T P and 4 (5 T+2) P with moments of the tasks'
-own. Where P and the row strides are multiples of 16 and the buffers 16-byte aligned, gradients
-come 16 bytes at a time (8 where registers leave a thread two coordinates only: delayed from
-T = 7); other sizes are right, with narrower accesses. Clippy's factors come from a pass of their
-own before this one (triton_clippy.py).
+own. Where P and the row strides are multiples of 16 and the buffers 16-byte aligned, float32
+gradients come 16 bytes at a time; where registers leave a thread two coordinates only, 8 (delayed
+from T = 7, with Clippy or moments of the tasks' own any pass from T = 6), or one, 4 (both, T = 8).
+Other sizes are right, with narrower accesses. Clippy's factors come from a pass of their own
+before this one (triton_clippy.py).
 
 Two formulations of the Gram:
 
