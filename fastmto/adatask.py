@@ -19,8 +19,8 @@ class AdaTask(UpdateBalancer):
     2 T P moments.
 
     Args:
-        shared_parameters, task_parameters, lr, rule, weight_decay, clippy, on_nonfinite: as in
-            `PUB`.
+        shared_parameters, task_parameters, lr, rule, weight_decay, clippy, on_nonfinite,
+            capturable: as in `PUB`.
 
     Raises:
         ValueError: as `PUB`.
@@ -36,6 +36,7 @@ class AdaTask(UpdateBalancer):
         weight_decay: float = 0.0,
         clippy: bool | Clippy = False,
         on_nonfinite: str = "skip",
+        capturable: bool | None = None,
     ) -> None:
         super().__init__(
             shared_parameters,
@@ -47,4 +48,5 @@ class AdaTask(UpdateBalancer):
             clippy=clippy,
             adatask=True,
             on_nonfinite=on_nonfinite,
+            capturable=capturable,
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import ops
+from .device import Constants
 from .errors import NonFiniteError
 from .flat import as_vector, laid_like
 from .group_rules import GroupRules, check_state_names, state_dtype
@@ -74,6 +75,7 @@ class ClippyAdam(torch.optim.Optimizer):
         self._sigma = torch.ones(1, 1, dtype=torch.float64, device=device)
         self._gram = torch.zeros(1, 1, dtype=torch.float64, device=device)
         self._found = torch.zeros(1, dtype=torch.int32, device=device)
+        self._segments = Constants(torch.int64)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -100,7 +102,8 @@ class ClippyAdam(torch.optim.Optimizer):
             if p.grad is not None
         ]
         self._found.zero_()
-        for _, _, p, grad in jobs:
+        for _, group, p, grad in jobs:
+            check_lr(group["lr"], group["weight_decay"])
             self._check(p, grad)
         if self._found.item():
             raise NonFiniteError(self._culprit([grad for _, _, _, grad in jobs]))
@@ -144,7 +147,7 @@ class ClippyAdam(torch.optim.Optimizer):
 
     def _move(self, rule: Rule, numbers: Tensor, p: Parameter, grad: Tensor) -> None:
         """One step of one parameter and its moments."""
-        segments = torch.tensor([0, p.numel()], device=p.device)
+        segments = self._segments((0, p.numel()), p.device)
         grads = as_vector(laid_like(grad, p))[None]
         state = [as_vector(self.state[p][name]) for name in rule.state_names]
         clippy = (self._clippy.lambda_rel, self._clippy.lambda_abs)

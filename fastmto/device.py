@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
 import torch
@@ -50,8 +50,11 @@ class Uncompiled(Generic[Args, Returned]):
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph is being captured on the device's current stream."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def upload(target: Tensor, values: object) -> None:
@@ -68,3 +71,39 @@ def upload(target: Tensor, values: object) -> None:
         )
     # From pinned memory, which torch keeps until the copy is over.
     target.copy_(torch.tensor(values, dtype=target.dtype, pin_memory=on_gpu), non_blocking=True)
+
+
+class Constants:
+    """Short vectors of the host's, brought to a device once.
+
+    The last `MOST` are kept, and for good those that a CUDA graph was captured with: it goes on
+    reading their memory.
+
+    Args:
+        dtype: of the vectors on the device.
+    """
+
+    MOST = 256
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._recent: dict[tuple[torch.device, tuple[float, ...]], Tensor] = {}
+        self._captured: dict[tuple[torch.device, tuple[float, ...]], Tensor] = {}
+
+    def __call__(self, values: Iterable[float], device: torch.device) -> Tensor:
+        """The vector (n,) on the device; not to be written.
+
+        Raises:
+            RuntimeError: a new vector, while a CUDA graph is captured.
+        """
+        key = device, tuple(values)
+        vector = self._captured.get(key, self._recent.get(key))
+        if vector is None:
+            vector = torch.empty(len(key[1]), dtype=self._dtype, device=device)
+            upload(vector, key[1])
+            if len(self._recent) >= self.MOST:
+                self._recent.clear()
+            self._recent[key] = vector
+        if capturing(device):
+            self._captured[key] = vector
+        return vector

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,8 +67,9 @@ class GraphedStep:
         self._eager_steps = eager_steps
         self._batch: tuple[Tensor, ...] | None = None
         self._stream: torch.cuda.Stream | None = None  # of what is captured, and before it
+        self._gradients = optimizer.gradients  # what the graphs write to
         self._made: Counter[tuple[bool, bool]] = Counter()  # eager steps of each kind
-        self._graphs: dict[tuple[bool, bool], _Graph] = {}
+        self._graphs: dict[tuple[bool, bool], Graph] = {}
 
     def __call__(self, *batch: Tensor) -> Losses:
         """Make one step.
@@ -83,22 +85,38 @@ class GraphedStep:
         Raises:
             ValueError: a batch of other shapes, dtypes or device.
         """
-        optimizer = self._optimizer
-        static = self._take(batch)
-        kind = optimizer.kind_next
+        optimizer, static = self._optimizer, self._take(batch)
+        optimizer._pending = None  # the step begins with zero_grad()
+        if optimizer.gradients is not self._gradients:
+            # A state from before the first step was loaded: the graphs' memory is not its any more.
+            self._gradients = optimizer.gradients
+            self._graphs.clear()
+            self._made.clear()
+        searches = optimizer.searches_next
+        kind = searches, searches and optimizer._is_delayed()
         graph = self._graphs.get(kind)
         if graph is not None:
             optimizer.refresh()
             graph.replay()
-            optimizer.count_again(graph.counted)
+            graph.books.add_to(optimizer)
             return graph.losses
-        if self._made[kind] < self._eager_steps:
+        # Until weights are found it is not known what a step will be.
+        if self._made[kind] < self._eager_steps or not optimizer._has_settled():
             self._made[kind] += 1
-            return self._on_stream(lambda: self._step(static))
+            losses = self._on_stream(lambda: self._step(static))
+            self._gradients = optimizer.gradients
+            return losses
         _check_capturable(optimizer)  # the number of tasks is known by now
-        before = optimizer.counted
-        graph = self._graphs[kind] = self._capture(lambda: self._step(static))
-        graph.counted = {k: n - before[k] for k, n in optimizer.counted.items()}
+        optimizer.refresh()
+        before = Books.of(optimizer)
+        try:
+            graph = self._capture(lambda: self._step(static))
+        except BaseException:
+            before.put_into(optimizer)
+            optimizer.zero_grad()
+            raise
+        graph.books = Books.of(optimizer).since(before)
+        self._graphs[kind] = graph
         graph.replay()  # the capture itself has computed nothing
         return graph.losses
 
@@ -124,17 +142,23 @@ class GraphedStep:
         optimizer.step()
         return _detached(losses)
 
-    def _capture(self, step: Callable[[], Losses]) -> _Graph:
+    def _capture(self, step: Callable[[], Losses]) -> Graph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        # Other threads (those that pin a loader's memory) may go on meanwhile.
+        mode = "thread_local"
+        with (
+            torch.cuda.device(self._optimizer.device),
+            torch.cuda.graph(graph, stream=self._stream, capture_error_mode=mode),
+        ):
             losses = step()
-        return _Graph(graph.replay, losses)
+        return Graph(graph.replay, losses)
 
     def _on_stream(self, step: Callable[[], Losses]) -> Losses:
         """Run a step where it will be captured, as the kernels' scratch goes by streams."""
+        device = self._optimizer.device
         if self._stream is None:
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        current = torch.cuda.current_stream()
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        current = torch.cuda.current_stream(device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             losses = step()
@@ -142,19 +166,43 @@ class GraphedStep:
         return losses
 
 
-class _Graph:
+@dataclass
+class Books:
+    """The counts that an optimizer keeps on the host, and its phase of the search."""
+
+    counted: dict[str, int]
+    phase: int
+
+    @classmethod
+    def of(cls, optimizer: UpdateBalancer) -> Books:
+        return cls(dict(optimizer._counted), optimizer._steps)
+
+    def since(self, before: Books) -> Books:
+        counted = {name: n - before.counted[name] for name, n in self.counted.items()}
+        return Books(counted, self.phase - before.phase)
+
+    def put_into(self, optimizer: UpdateBalancer) -> None:
+        optimizer._counted, optimizer._steps = dict(self.counted), self.phase
+
+    def add_to(self, optimizer: UpdateBalancer) -> None:
+        for name, more in self.counted.items():
+            optimizer._counted[name] += more
+        optimizer._steps += self.phase
+
+
+@dataclass
+class Graph:
     """A captured step.
 
     Attributes:
         replay: makes it again.
         losses: where its losses stand.
-        counted: what the step adds to the optimizer's counts on the host.
+        books: what the step adds to the optimizer's counts on the host.
     """
 
-    def __init__(self, replay: Callable[[], Any], losses: Losses) -> None:
-        self.replay = replay
-        self.losses = losses
-        self.counted: dict[str, int] = {}
+    replay: Callable[[], Any]
+    losses: Losses
+    books: Books = field(default_factory=lambda: Books({}, 0))
 
 
 def _check_capturable(optimizer: UpdateBalancer) -> None:
@@ -171,4 +219,5 @@ def _detached(losses: Losses) -> Losses:
         return losses.detach()
     if hasattr(losses, "items"):
         return {k: None if x is None else x.detach() for k, x in losses.items()}
-    return [None if x is None else x.detach() for x in losses]
+    detached = [None if x is None else x.detach() for x in losses]
+    return tuple(detached) if isinstance(losses, tuple) else detached

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import ops
-from .device import Uncompiled, capturing, upload
+from .device import Constants, Uncompiled, capturing, upload
 from .errors import NonFiniteError, SolverError, warn
 from .flat import FlatParameters
 from .group_rules import GroupRules, check_state_names
@@ -26,11 +27,13 @@ from .passes import Buffer, Clock, Pass
 from .rules import Clippy, Hyper, Rule, as_rule
 from .solvers import STATUSES, Result
 from .task_gradients import Losses, TaskGradients, as_list, first_nonfinite
-from .weightings import Bargaining, Weighting
+from .weightings import Bargaining, DeviceSolver, Weighting
 
 GramWeighting = Weighting | Callable[[Tensor], Tensor]
 
 SCALES = ("mean_norm", "rms", "sum", "none")
+#: Of the state under the key "fastmto".
+VERSION = 2
 #: Places in `_outcomes`, the counts of searches that are kept on the device.
 FOUND, HELD, CAPPED, SEARCHED = range(4)
 STATS = ("steps", "searches", "backwards", "held", "capped", "skipped", "absent", "untouched")
@@ -91,8 +94,15 @@ class UpdateBalancer(torch.optim.Optimizer):
             raise ValueError(
                 f"update_weights_every must be an integer >= 1, got {update_weights_every!r}"
             )
-        if max_weight is not None and not max_weight > 0:
+        if max_weight is not None and not (isinstance(max_weight, int | float) and max_weight > 0):
             raise ValueError(f"max_weight must be positive or None, got {max_weight!r}")
+        for name, value in (("adatask", adatask), ("delayed", delayed)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
+        if not isinstance(clippy, bool | Clippy):
+            raise ValueError(f"clippy must be True, False or a Clippy, got {clippy!r}")
+        if capturable is not None and not isinstance(capturable, bool):
+            raise ValueError(f"capturable must be None, True or False, got {capturable!r}")
         self._settings: dict[str, Any] = {
             "weighting": _as_weighting(weighting),
             "update_weights_every": update_weights_every,
@@ -110,11 +120,11 @@ class UpdateBalancer(torch.optim.Optimizer):
         check_lr(lr, weight_decay)
         defaults = {"lr": lr, "weight_decay": weight_decay, **self._rule.hyperparameters()}
         super().__init__(groups, defaults)
-        Uncompiled.prepare()
         self._build(n_tasks, names)
 
     def _build(self, n_tasks: int | None, names: list[str] | None) -> None:
         """Lay out buffers and state for the param groups as they stand, at step 0."""
+        Uncompiled.prepare()
         self._names = names
         self._rules = GroupRules(self._rule)
         # Groups are held by number: load_state_dict puts new dicts in place of the old ones.
@@ -149,8 +159,8 @@ class UpdateBalancer(torch.optim.Optimizer):
 
     def _set_tasks(self, n_tasks: int) -> TaskGradients:
         """Allocate what depends on T: gradients, moments, weights."""
-        self.capturable = self._is_capturable(n_tasks)
-        self.gradients = TaskGradients(
+        self.capturable, self._solver = self._decider(n_tasks)
+        gradients = TaskGradients(
             [flat for _, flat in self._shared],
             [flat for _, flat in self._heads],
             self._owners,
@@ -160,21 +170,18 @@ class UpdateBalancer(torch.optim.Optimizer):
         self._applied = self._float64(torch.ones, n_tasks)
         self._one = self._float64(torch.ones, 1)
         self._raw = self._float64(torch.zeros, n_tasks)
-        self._info = self._float64(torch.zeros, 4)
+        self._info = self._float64(torch.zeros, 4).fill_(math.nan)  # no solve yet
+        self._gram_room = self._float64(torch.zeros, n_tasks * n_tasks)
         self._outcomes = torch.zeros(4, dtype=torch.int64, device=self._device)
-        # Never dropped: a CUDA graph goes on reading those it was made with.
-        self._sets: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        weighting = self.weighting
-        there = self.capturable and isinstance(weighting, Weighting)
-        self._solver = weighting.device_solver(n_tasks) if there else None  # type: ignore[union-attr]
+        self._indices, self._masks = Constants(torch.int64), Constants(torch.bool)
         adatask = self._settings["adatask"]
         self._buffers = [
             Buffer(number, flat, grads, self._rules(self.param_groups[number]), adatask=adatask)
-            for (number, flat), grads in zip(self._shared, self.gradients.rows, strict=True)
+            for (number, flat), grads in zip(self._shared, gradients.rows, strict=True)
         ]
         self._head_buffers = [
             Buffer(number, flat, grads, self._rules(self.param_groups[number]))
-            for (number, flat), grads in zip(self._heads, self.gradients.head_rows, strict=True)
+            for (number, flat), grads in zip(self._heads, gradients.head_rows, strict=True)
         ]
         buffers = [*self._buffers, *self._head_buffers]
         self._clock = Clock(sum(b.clock_rows for b in buffers), self._device)
@@ -182,21 +189,22 @@ class UpdateBalancer(torch.optim.Optimizer):
         for buffer in buffers:
             first = buffer.bind(self._clock, first)
         self._bind_state()
-        return self.gradients
+        self.gradients = gradients
+        return gradients
 
     def _float64(self, fill: Any, size: int, *, on_host: bool = False) -> Tensor:
         tensor: Tensor = fill(size, dtype=torch.float64, device="cpu" if on_host else self._device)
         return tensor
 
-    def _is_capturable(self, n_tasks: int) -> bool:
-        """Whether no step reads what the device computes.
+    def _decider(self, n_tasks: int) -> tuple[bool, DeviceSolver | None]:
+        """Whether no step reads what the device computes, and what finds the weights there.
 
         Raises:
-            ValueError: it should, and cannot.
+            ValueError: none should, and one has to.
         """
         given: bool | None = self._settings["capturable"]
         if given is False or (given is None and self._device.type == "cpu"):
-            return False
+            return False, None
         weighting = self.weighting
         solver = None
         if isinstance(weighting, Weighting):
@@ -206,7 +214,9 @@ class UpdateBalancer(torch.optim.Optimizer):
             f"weighting {weighting!r} of {n_tasks} tasks is found on the host": (
                 weighting is not None and solver is None
             ),
-            "on_failure='raise' has to look": self._settings["on_failure"] == "raise",
+            "on_failure='raise' has to look": (
+                weighting is not None and self._settings["on_failure"] == "raise"
+            ),
             "on_nonfinite='raise' has to look": self._settings["on_nonfinite"] == "raise",
             "float16 parameters with between='weighted' need weights that can be looked at": (
                 half and self._settings["between"] == "weighted" and weighting is not None
@@ -215,7 +225,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         found = [what for what, stands in obstacles.items() if stands]
         if found and given:
             raise ValueError(f"capturable must be None or False here: {found[0]}")
-        return not found
+        return (False, None) if found else (True, solver)
 
     def _bind_state(self) -> None:
         """Show every parameter's piece of the moments in `self.state`, torch's way."""
@@ -251,6 +261,8 @@ class UpdateBalancer(torch.optim.Optimizer):
         if self._gram is None or self._solver is None:
             return getattr(self.weighting, "result", None)
         number, iterations, residual, kappa = self._info.tolist()
+        if math.isnan(number):
+            return None
         status = STATUSES[int(number)]
         weights = self._raw[: len(self._gram)].cpu() if status == "solved" else None
         return Result(weights, status, int(iterations), residual, kappa)
@@ -298,6 +310,10 @@ class UpdateBalancer(torch.optim.Optimizer):
                 the step is skipped and counted.
         """
         values, names = as_list(losses, self.n_tasks, self._names)
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise ValueError(
+                f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}"
+            )
         if scaler is not None and not scaler.is_enabled():
             scaler = None
         if self._pending is not None and scaler is not self._scaler:
@@ -377,16 +393,13 @@ class UpdateBalancer(torch.optim.Optimizer):
         every: int = self._settings["update_weights_every"]
         return self._steps % every == 0 or not self._has_found()
 
+    def _has_settled(self) -> bool:
+        """Whether the steps to come depend on nothing that is still to be found."""
+        return self.weighting is None or self._has_found()
+
     def _is_delayed(self) -> bool:
         """Whether a search comes with the move, by the weights of the search before."""
         return bool(self._settings["delayed"]) and self._has_found()
-
-    @property
-    def kind_next(self) -> tuple[bool, bool]:
-        """What the next step does: whether it searches, and whether that comes with the move.
-        Steps of one kind on the same tasks launch the same kernels."""
-        searches = self.searches_next
-        return searches, searches and self._is_delayed()
 
     def _divides(self, scaler: torch.amp.GradScaler | None) -> bool:
         """Whether the heads' own gradients can be had by dividing a weight out that is not read."""
@@ -432,6 +445,15 @@ class UpdateBalancer(torch.optim.Optimizer):
             SolverError: no weights were found, with `on_failure="raise"`.
             NonFiniteError: a gradient is NaN or infinite, with `on_nonfinite="raise"`.
         """
+        try:
+            return self._step(closure)
+        finally:
+            # A GradScaler takes these back only from a step that returns; it looks for them then.
+            if sys.exc_info()[0] is not None:
+                for name in ("found_inf", "grad_scale"):
+                    self.__dict__.pop(name, None)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -484,8 +506,6 @@ class UpdateBalancer(torch.optim.Optimizer):
         called = hasattr(self, "found_inf")
         scaler = self._scaler
         if scaler is None and called:
-            # What it left here it takes back only from a step that returns.
-            del self.__dict__["found_inf"], self.__dict__["grad_scale"]
             raise RuntimeError(
                 f"{type(self).__name__}.backward must be given the GradScaler that steps it: "
                 "optimizer.backward(losses, scaler=scaler), with losses that are not scaled"
@@ -537,30 +557,18 @@ class UpdateBalancer(torch.optim.Optimizer):
             rule = self._rules(group)
             check_state_names(rule, buffer.state_names)
             lr, weight_decay = group["lr"], group["weight_decay"]
-            if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            there = isinstance(lr, Tensor) and lr.device.type != "cpu"
+            if there:
                 rates.append((buffer.rows, lr))
-                lr = 0.0
-            check_lr(lr, weight_decay)
+            check_lr(0.0 if there else lr, weight_decay)
             # -1 stands for a rate that the host does not know.
-            known = -1.0 if rates and rates[-1][0] is buffer.rows else float(lr)
-            hyper += [rule.hyper(known, float(weight_decay))] * buffer.clock_rows
+            known = rule.hyper(-1.0 if there else float(lr), float(weight_decay))
+            hyper += [known] * buffer.clock_rows
             kinds[buffer.number] = rule.kind
         self._clock.set(hyper, active)
         for rows, rate in rates:
             self._clock.set_lr(rows, rate)
         return kinds
-
-    def _set_of(self, tasks: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Some tasks as indices (n,) and as a mask (T,), on the device."""
-        key = tuple(tasks)
-        if key not in self._sets:
-            assert self._weights is not None
-            index = torch.empty(len(key), dtype=torch.int64, device=self._device)
-            mask = torch.empty(len(self._weights), dtype=torch.bool, device=self._device)
-            upload(index, key)
-            upload(mask, [i in key for i in range(len(self._weights))])
-            self._sets[key] = index, mask
-        return self._sets[key]
 
     def _joint_weights(self) -> Tensor:
         """The weights with 0 for tasks that do not take part, on the parameters' device."""
@@ -572,8 +580,7 @@ class UpdateBalancer(torch.optim.Optimizer):
             return self._applied.copy_(torch.where(active, self._weights, 0.0))
         if all(touched):
             return self._weights
-        _, mask = self._set_of([i for i, on in enumerate(touched) if on])
-        return torch.where(mask, self._weights, 0.0)
+        return torch.where(self._masks(touched, self._device), self._weights, 0.0)
 
     def _balance(self) -> None:
         """New weights for the tasks that took part, or the old ones where there are none."""
@@ -606,13 +613,14 @@ class UpdateBalancer(torch.optim.Optimizer):
         """`_balance` where the Gram matrix lies: decisions are tensors, and nothing is read."""
         assert self._weights is not None
         assert self._solver is not None
-        everyone = len(active) == len(gram)
+        everyone, n = len(active) == len(gram), len(active)
         if not everyone:
-            index, _ = self._set_of(active)
+            index = self._indices(active, self._device)
             gram = gram.index_select(0, index).index_select(1, index)
-        self._gram = gram
-        raw = self._raw[: len(gram)]
-        self._solver(gram, raw, self._info, None if everyone else active)
+        # In place, as are the weights: what CUDA graphs write is what is shown.
+        self._gram = gram = self._gram_room[: n * n].view(n, n).copy_(gram)
+        raw = self._raw[:n]
+        self._solver(gram, raw, self._info, active)
         weights = raw * self._factor(raw, gram)
         finite = self._clock.found[0] == 0
         ok = finite & (self._info[0] == STATUSES.index("solved")) & weights.isfinite().all()
@@ -676,20 +684,9 @@ class UpdateBalancer(torch.optim.Optimizer):
             return self._steps
         return self._first + int(self._clock.tally.sum())
 
-    @property
-    def counted(self) -> dict[str, int]:
-        """The counts that the host keeps; "phase" is that of the search."""
-        return {**self._counted, "phase": self._steps}
-
-    def count_again(self, counted: Mapping[str, int]) -> None:
-        """Count a step that a CUDA graph has made in this optimizer's name."""
-        for name in self._counted:
-            self._counted[name] += counted[name]
-        self._steps += counted["phase"]
-
     def refresh(self) -> None:
-        """Bring changed learning rates and hyperparameters to the device, for the replay of a
-        CUDA graph."""
+        """Bring changed learning rates and hyperparameters to the device, where the replay of a
+        CUDA graph reads them."""
         self._set_clock(None)
 
     def _refuse(self, what: str) -> None:
@@ -723,7 +720,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         return {
             **super().state_dict(),
             "fastmto": {
-                "version": 2,
+                "version": VERSION,
                 "steps": self._phase(),
                 "found": self._has_found() if gradients is not None else False,
                 "names": self._names,
@@ -752,6 +749,10 @@ class UpdateBalancer(torch.optim.Optimizer):
                 "state_dict must come from a fastmto optimizer: it has no key 'fastmto', only "
                 f"{sorted(state_dict)}"
             )
+        if saved.get("version") != VERSION:
+            raise ValueError(
+                f"state_dict must be of version {VERSION}, got {saved.get('version')!r}"
+            )
         n_tasks = None if saved["weights"] is None else len(saved["weights"])
         if None not in (n_tasks, self.n_tasks) and n_tasks != self.n_tasks:
             raise ValueError(
@@ -767,9 +768,7 @@ class UpdateBalancer(torch.optim.Optimizer):
             weighting.load_state_dict(saved["weighting"] or {})
         rates = [group["lr"] for group in self.param_groups]
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        for group, lr in zip(self.param_groups, rates, strict=True):
-            if isinstance(lr, Tensor):  # CUDA graphs go on reading this one
-                group["lr"] = lr.fill_(group["lr"])
+        self._keep_rates(rates)
         names = self._names or saved["names"]
         if n_tasks is None:  # from before the first step
             self._build(None, names)
@@ -792,11 +791,29 @@ class UpdateBalancer(torch.optim.Optimizer):
         assert self._weights is not None
         # A map_location moves every tensor of a file.
         self._weights.copy_(saved["weights"])
-        self._gram = None if saved["gram"] is None else saved["gram"].to("cpu", copy=True)
+        self._gram = None
+        if saved["gram"] is not None:
+            n = len(saved["gram"])
+            self._gram = self._gram_room[: n * n].view(n, n).copy_(saved["gram"])
+        self._info.fill_(math.nan)
         self._counted = dict(saved["stats"])
         self._clock.tally.zero_()
         self._outcomes.zero_()
         self._settings["weighting"] = weighting
+
+    def _keep_rates(self, rates: Sequence[float | Tensor]) -> None:
+        """Bring loaded learning rates into the tensors that held them: CUDA graphs read these."""
+        kept: set[int] = set()
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            if not isinstance(rate, Tensor):
+                continue
+            loaded = torch.as_tensor(group["lr"], dtype=rate.dtype, device=rate.device).detach()
+            if id(rate) in kept and not torch.equal(rate.detach().view(()), loaded.view(())):
+                group["lr"] = loaded.clone()  # one tensor for several groups, whose rates differ
+                continue
+            kept.add(id(rate))
+            group["lr"] = rate
+            rate.detach().copy_(loaded.view_as(rate))
 
     def _match_state(
         self, state_dict: dict[str, Any], n_tasks: int | None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .device import upload
+from .device import Constants, upload
 from .flat import FlatParameters
 from .group_rules import state_dtype
 from .rules import Clippy, Hyper, Numbers, Rule
@@ -36,8 +36,7 @@ class Clock:
         self.tally = torch.zeros(2, dtype=torch.int64, device=device)
         self._hyper = torch.zeros(rows, len(Hyper._fields), dtype=torch.float64, device=device)
         self._known: Sequence[Hyper] = ()
-        # Never changed and never dropped: a CUDA graph goes on reading the one it was made with.
-        self._patterns: dict[tuple[bool, ...], Tensor] = {}
+        self._patterns = Constants(torch.int32)
         self._active = self.counts.new_zeros(rows, dtype=torch.int32)
 
     def set(self, hyper: Sequence[Hyper], active: Sequence[bool] | None) -> None:
@@ -49,14 +48,8 @@ class Clock:
         if hyper != self._known:
             upload(self._hyper, hyper)
             self._known = hyper
-        if active is None:
-            return
-        pattern = tuple(active)
-        if pattern not in self._patterns:
-            rows = torch.empty_like(self._active)
-            upload(rows, pattern)
-            self._patterns[pattern] = rows
-        self._active = self._patterns[pattern]
+        if active is not None:
+            self._active = self._patterns(active, self.counts.device)
 
     def set_lr(self, rows: slice, lr: Tensor) -> None:
         """A learning rate that lives on the device."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -34,4 +36,26 @@ class NothingIsRead(TorchDispatchMode):
         if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
             kinds = {None if i is None else i.dtype for i in args[1]}
             assert torch.bool not in kinds, f"{func} with a mask reads from the device"
+        return func(*args, **(kwargs or {}))
+
+
+class NothingGoesToTheHost(TorchFunctionMode):
+    """Refuses calls that would wait for a device, as copies from the host's memory do, and leave
+    no trace below Python where the device is a CPU. What goes through pinned memory may."""
+
+    WAITS = (
+        torch.tensor,
+        torch.as_tensor,
+        *(
+            getattr(Tensor, name)
+            for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
+        ),
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping | None = None
+    ) -> Any:
+        pinned = func is torch.tensor and "pin_memory" in (kwargs or {})
+        assert pinned or func not in self.WAITS, f"{func} waits for the device"
+        assert "cpu" not in args[1:], f"{func} to the host"
         return func(*args, **(kwargs or {}))

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from problems import Net, batch, gradients, linear_loss, net, parameters
-from reads import NothingIsRead
+from reads import NothingGoesToTheHost, NothingIsRead
 from torch import Tensor, nn
 
 import fastmto
-from fastmto import device, ops
+from fastmto import device, ops, optim, task_gradients
+from fastmto.graphed import Graph
 from fastmto.rules import AdaGrad, RMSProp
 from fastmto.weightings import MGDA, Bargaining, Constant
 
@@ -71,7 +72,7 @@ def test_the_bits_are_those_of_a_step_that_is_decided_on_the_host(options: dict[
     there = pub(models[0], True, **copy.deepcopy(options))
     here = pub(models[1], False, **copy.deepcopy(options))
     train(models[0], there, range(2))
-    with NothingIsRead():
+    with NothingIsRead(), NothingGoesToTheHost():
         train(models[0], there, range(2, 12))
     train(models[1], here, range(12))
     assert there.capturable
@@ -140,7 +141,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
         losses = model.losses(batch(9))
         losses[task] = losses[task] * torch.nan
         optimizer.zero_grad()
-        with NothingIsRead():
+        with NothingIsRead(), NothingGoesToTheHost():
             optimizer.backward(losses)
             optimizer.step()
     for p, q in zip(params, model.parameters(), strict=True):
@@ -277,7 +278,8 @@ def test_compiled_training_makes_the_same_steps(capturable: bool) -> None:
 def a_capture() -> Iterator[None]:
     """As if a CUDA graph were being captured."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "capturing", lambda device: True)
+        for module in (device, optim, task_gradients):
+            patch.setattr(module, "capturing", lambda device: True)
         yield
 
 
@@ -303,8 +305,6 @@ class Recorded(fastmto.GraphedStep):
         return step()
 
     def _capture(self, step: Any) -> Any:
-        from fastmto.graphed import _Graph
-
         optimizer, model = self._optimizer, self.model
         tensors = [
             *(p.data for p in model.parameters()),
@@ -313,23 +313,28 @@ class Recorded(fastmto.GraphedStep):
             *(getattr(optimizer._clock, n) for n in ("counts", "numbers", "found", "tally")),
         ]
         before = [t.clone() for t in tensors]
-        phase = optimizer._steps
-        losses = step()
+        phase, gradients = optimizer._steps, copy.copy(optimizer.gradients.__dict__)
+        with a_capture():  # nothing is copied to the device, and nothing is asked
+            losses = step()
         for tensor, value in zip(tensors, before, strict=True):
             tensor.copy_(value)
         made: list[Tensor] = list(losses)
 
         def replay() -> None:
             books = dict(optimizer._counted), optimizer._steps
+            now = copy.copy(optimizer.gradients.__dict__)
             optimizer._steps = phase
-            with a_capture():  # nothing is copied to the device
+            optimizer.gradients.__dict__.update(gradients)
+            with a_capture():
                 again = step()
+            optimizer.gradients.__dict__.update(now)
             for there, now in zip(made, again, strict=True):
                 there.copy_(now)
             optimizer._counted, optimizer._steps = books
+            optimizer._pending = None
 
         self.captures = getattr(self, "captures", 0) + 1
-        return _Graph(replay, made)
+        return Graph(replay, made)
 
 
 @pytest.mark.parametrize("options", CONFIGURATIONS[:8], ids=str)

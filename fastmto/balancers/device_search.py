@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..device import capturing
+from ..device import Constants
 from ..solvers import STATUSES, Result
 from ..weightings import DeviceSolver
-from ..weightings.base import MAX_SETS, on_device
 
 SOLVED, NOT_FINITE, NEAR_STATIONARY = (
     STATUSES.index(name) for name in ("solved", "not_finite", "near_stationary")
@@ -66,7 +65,7 @@ class DeviceSearch:
 
     def __init__(self, solver: DeviceSolver, weights: Tensor, device: torch.device) -> None:
         self._solver = solver
-        self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._indices = Constants(torch.int64)
         self.weights = weights.to(device, torch.float64, copy=True)
         self.tally = torch.zeros(2, dtype=torch.int64, device=device)
 
@@ -90,7 +89,7 @@ class DeviceSearch:
                 where a step that is not finite must change nothing.
         """
         everyone = len(active) == len(gram)
-        index = None if everyone else self._index(active)
+        index = None if everyone else self._indices(active, gram.device)
         last = self.weights
         if index is not None:
             gram = gram.index_select(0, index).index_select(1, index)
@@ -116,14 +115,3 @@ class DeviceSearch:
             weights = self.weights.index_copy(0, index, weights)
         self.weights.copy_(weights)
         return Found(weights, joint, gram, raw, info, taken, poison)
-
-    def _index(self, tasks: Sequence[int]) -> Tensor:
-        key = tuple(tasks)
-        if key in self._indices:
-            return self._indices[key]
-        index = on_device(key, self.weights.device, torch.int64)
-        if not capturing(index.device):  # in a capture nothing is computed yet
-            if len(self._indices) >= MAX_SETS:
-                self._indices.clear()
-            self._indices[key] = index
-        return index

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..device import Constants
 from ..solvers import Result, bargaining
 from .base import (
     DeviceSolver,
     SolverWeighting,
     as_preference,
     check_tasks,
-    device_copies,
     of_tasks,
 )
 
@@ -82,12 +82,12 @@ class Bargaining(SolverWeighting):
     def device_solver(self, n_tasks: int) -> DeviceSolver | None:
         if self.method != "exact" or self.warm_start or n_tasks > ops.MAX_SOLVED_TASKS:
             return None
-        powers, tol, ridge = device_copies(self._powers), self.tol, self.ridge
+        constants, tol, ridge = Constants(torch.float64), self.tol, self.ridge
 
         def solve(gram: Tensor, weights: Tensor, info: Tensor, tasks: Sequence[int] | None) -> None:
-            ops.bargaining(
-                gram, weights, info, preference=powers(gram, tasks), tol=tol, ridge=ridge
-            )
+            powers = self._powers(gram, tasks)
+            there = None if powers is None else constants(powers.tolist(), gram.device)
+            ops.bargaining(gram, weights, info, preference=there, tol=tol, ridge=ridge)
 
         return solve
 

@@ -11,15 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..device import capturing
 from ..errors import SolverError
 from ..solvers import Result
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: Sets of tasks whose numbers are kept on a device at once.
-MAX_SETS = 256
 #: gram (n, n), weights (n,), info (4,), tasks or None; see `Weighting.device_solver`.
 DeviceSolver: TypeAlias = Callable[[Tensor, Tensor, Tensor, "Sequence[int] | None"], None]
 
@@ -170,37 +167,3 @@ def of_tasks(
 def joint_length(gram: Tensor, weights: Tensor) -> Tensor:
     """||sum_i weights_i g_i||, a scalar; not by the BLAS, whose bits depend on the alignment."""
     return (weights[:, None] * gram * weights).sum().clamp(min=0.0).sqrt()
-
-
-def device_copies(
-    values: Callable[[Tensor, Sequence[int] | None], NDArray[np.float64] | None],
-) -> Callable[[Tensor, Sequence[int] | None], Tensor | None]:
-    """`values`, a function of the Gram matrix' shape and the tasks, with its float64 results on
-    the Gram matrix' device: made at the first call for tasks like these, and kept."""
-    copies: dict[tuple[torch.device, int, tuple[int, ...] | None], Tensor | None] = {}
-
-    def copy(gram: Tensor, tasks: Sequence[int] | None) -> Tensor | None:
-        key = (gram.device, len(gram), None if tasks is None else tuple(tasks))
-        if key in copies:
-            return copies[key]
-        vector = values(gram, tasks)
-        made = None if vector is None else on_device(vector, gram.device)
-        if not capturing(gram.device):  # in a capture nothing is computed yet
-            if len(copies) >= MAX_SETS:
-                copies.clear()
-            copies[key] = made
-        return made
-
-    return copy
-
-
-def on_device(
-    values: Sequence[float] | NDArray[np.float64],
-    device: torch.device,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """The values (n,) on a device, without waiting for it as a copy of pageable memory would."""
-    vector = torch.empty(len(values), dtype=dtype, device=device)
-    for entry, value in zip(vector.unbind(), values, strict=True):
-        entry.fill_(value)
-    return vector

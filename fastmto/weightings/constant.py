@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .base import DeviceSolver, Weighting, check_tasks, device_copies
+from ..device import Constants
+from .base import DeviceSolver, Weighting, check_tasks
 
 
 class Constant(Weighting):
@@ -31,12 +31,10 @@ class Constant(Weighting):
         return torch.tensor(self._of(gram, tasks), dtype=gram.dtype, device=gram.device)
 
     def device_solver(self, n_tasks: int) -> DeviceSolver:
-        copies = device_copies(lambda gram, tasks: np.array(self._of(gram, tasks)))
+        constants = Constants(torch.float64)
 
         def solve(gram: Tensor, weights: Tensor, info: Tensor, tasks: Sequence[int] | None) -> None:
-            copy = copies(gram, tasks)
-            assert copy is not None
-            weights.copy_(copy)
+            weights.copy_(constants(self._of(gram, tasks), gram.device))
             info.zero_()  # solved
 
         return solve
