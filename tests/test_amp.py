@@ -213,10 +213,44 @@ def test_misuse_is_named_and_changes_nothing() -> None:
         optimizer.step()
     with pytest.raises(ValueError, match=r"^scaler must be the same"):
         optimizer.backward(model.losses(batch(0)))
+    with pytest.raises(
+        ValueError, match=r"^scaler must be a torch.amp.GradScaler or None, got bool"
+    ):
+        optimizer.backward(model.losses(batch(0)), scaler=True)
     half = fastmto.PUB(parameters(0, torch.float16), [[], []])
     with pytest.raises(ValueError, match=r"^scaler must be None with float16 parameters"):
         half.backward([p.sum() for p in half.param_groups[0]["params"][:2]], scaler=scaler)
     assert all(torch.equal(p, q) for p, q in zip(params, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("unscales", [False, True])
+def test_an_error_under_a_scaler_leaves_nothing_behind(unscales: bool) -> None:
+    """torch forgets what it hung on an optimizer only after a step that returns."""
+    models = net(), net()
+    scaled, plain = (pub(m, on_nonfinite="raise", update_weights_every=2) for m in models)
+    scaler = scaler_of(2.0**10)
+    bad = models[0].losses(batch(9))
+    scaled.backward([bad[0] * 1e36, bad[1]], scaler=scaler)
+    with pytest.raises(fastmto.errors.NonFiniteError):
+        scaler.step(scaled)
+    scaler.update()
+    assert not hasattr(scaled, "found_inf")
+    assert not hasattr(scaled, "grad_scale")
+    for t in range(4):
+        scaled.zero_grad()
+        plain.zero_grad()
+        plain.backward(models[1].losses(batch(t)))
+        plain.step()
+        if t == 2:  # one step without the scaler
+            scaled.backward(models[0].losses(batch(t)))
+            scaled.step()
+            continue
+        scaled.backward(models[0].losses(batch(t)), scaler=scaler)
+        if unscales:
+            scaler.unscale_(scaled)
+        scaler.step(scaled)
+        scaler.update()
+    assert_same(*models, scaled, plain)
 
 
 def test_float16_autocast_trains() -> None:

@@ -358,6 +358,128 @@ def test_graphs_make_the_steps_that_eager_training_makes(
     assert graphed.captures == (1 if every == 1 else 2)
 
 
+def graphed_pub(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Net, fastmto.PUB]:
+    model = net()
+    optimizer = pub(model, **options)
+    monkeypatch.setattr(fastmto.PUB, "device", torch.device("cuda"))
+    Recorded.model = model
+    return model, optimizer
+
+
+def test_graphs_wait_until_weights_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = graphed_pub(monkeypatch)
+    factor = torch.tensor(torch.nan)
+    graphed = Recorded(
+        optimizer, lambda x: [loss * factor for loss in model.losses(x)], eager_steps=1
+    )
+    for t in range(4):
+        graphed(batch(t))
+    assert optimizer.stats["skipped"] == 4
+    factor.fill_(1.0)
+    for t in range(4):
+        graphed(batch(t))
+    assert optimizer.stats["steps"] == 4
+    assert optimizer.stats["held"] == 0
+    assert graphed.captures == 1
+
+
+def test_a_graph_is_not_misled_by_a_pending_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = net()
+    plain = pub(eager, update_weights_every=2)
+    model, optimizer = graphed_pub(monkeypatch, update_weights_every=2)
+    graphed = Recorded(optimizer, model.losses, eager_steps=1)
+    for t in range(8):
+        if t > 3:
+            optimizer.backward(model.losses(batch(50)))  # to look at gradients
+        graphed(batch(t))
+        train(eager, plain, [t])
+        with pytest.raises(RuntimeError, match="call backward"):
+            optimizer.step()
+    for p, q in zip(eager.parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_graphs_are_made_anew_for_new_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    heads = [p for head in model.head_parameters() for p in head]
+    optimizer = fastmto.PUB(model.trunk.parameters(), heads, update_weights_every=1)
+    optimizer._settings["capturable"] = True
+    monkeypatch.setattr(fastmto.PUB, "device", torch.device("cuda"))
+    Recorded.model = model
+    fresh = copy.deepcopy(optimizer.state_dict())
+    graphed = Recorded(optimizer, model.losses, eager_steps=1)
+    for _ in range(2):
+        for t in range(3):
+            graphed(batch(t))
+        assert optimizer.stats["steps"] == 3
+        optimizer.load_state_dict(fresh)
+    assert graphed.captures == 2
+
+
+def test_a_capture_that_fails_leaves_the_books_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, optimizer = graphed_pub(monkeypatch, update_weights_every=1)
+    fails = []
+
+    def losses(x: Tensor) -> list[Tensor]:
+        if fails:
+            raise ArithmeticError
+        return model.losses(x)
+
+    graphed = Recorded(optimizer, losses, eager_steps=1)
+    graphed(batch(0))
+    before = optimizer.stats, optimizer._steps
+    fails.append(True)
+    with pytest.raises(ArithmeticError):
+        graphed(batch(1))
+    assert (optimizer.stats, optimizer._steps) == before
+    fails.clear()
+    graphed(batch(1))
+    assert optimizer.stats["steps"] == 2
+
+
+def test_constants_are_bounded_but_for_those_of_graphs() -> None:
+    cpu = torch.device("cpu")
+    constants = device.Constants(torch.int64)
+    first = constants((0, 1), cpu)
+    assert first.tolist() == [0, 1]
+    with a_capture():
+        assert constants((0, 1), cpu) is first
+        with pytest.raises(RuntimeError, match="must not change in the step that is captured"):
+            constants((0, 2), cpu)
+    second = constants((5,), cpu)
+    for k in range(2 * constants.MOST):
+        constants((k, k), cpu)
+    assert constants((0, 1), cpu) is first
+    assert constants((5,), cpu) is not second
+    assert len(constants._recent) <= constants.MOST
+
+
+def test_options_are_checked_by_name() -> None:
+    for options in (
+        {"capturable": "no"},
+        {"clippy": 3},
+        {"adatask": "x"},
+        {"delayed": 1},
+        {"max_weight": "a"},
+    ):
+        (name,) = options
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            pub(net(), **{"capturable": None, **options})
+
+
+def test_a_preference_for_more_tasks_than_there_are_is_the_same_everywhere() -> None:
+    weights = []
+    for capturable in (True, False):
+        model = net()
+        options = {"weighting": Bargaining(preference=[1.0, 2.0, 3.0]), "capturable": capturable}
+        optimizer = pub(model, **options)
+        train(model, optimizer, range(2))
+        weights.append(optimizer.weights)
+    assert torch.equal(*weights)
+
+
 def test_graphed_step_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net()
     with pytest.raises(ValueError, match=r"^optimizer must be a PUB or AdaTask, got Adam"):

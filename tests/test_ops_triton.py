@@ -446,31 +446,22 @@ def test_rows_of_moments_may_lie_differently_far_apart(n_tasks: int) -> None:
         close_applied(after.params, after.state, expected, host)
 
 
-def test_a_graph_takes_over_the_workspace_of_an_earlier_pass(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """And gets no memory while it is captured."""
+def test_a_captured_pass_has_scratch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "_workspaces", {})
-    monkeypatch.setattr(triton_launch, "_captured", {})
     host = build(Case(RULES["adam"], 2, 401))
     inputs = host.to(DEVICE)
     device = inputs.grads.device
-    monkeypatch.setattr(triton_launch, "_is_capturing", lambda device: True)
-    with pytest.raises(RuntimeError, match="run one step"):
-        searched(inputs, PAIRS)
-    monkeypatch.setattr(triton_launch, "_is_capturing", lambda device: False)
     searched(inputs, PAIRS)
-    (mine,) = triton_launch._workspaces.values()
-    # As if that had been on another stream.
-    triton_launch._workspaces = {(device, -1): mine}
-    monkeypatch.setattr(triton_launch, "_is_capturing", lambda device: True)
-    gram = searched(inputs, PAIRS)
-    close(gram, expected_gram(host), torch.float32)
-    assert list(triton_launch._workspaces.values()) == [mine]
-    assert (device, -1) not in triton_launch._workspaces
-    assert list(triton_launch._captured.values()) == [mine]
-    with pytest.raises(RuntimeError, match="run one step"):
-        triton_launch.workspace(device, mine[0].numel() + 1, 1)
+    (kept,) = triton_launch._workspaces.values()
+    assert triton_launch.workspace(device, 1, 1) is kept
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_launch, "capturing", lambda device: True)
+        close(searched(inputs, PAIRS), expected_gram(host), torch.float32)
+        first, second = (triton_launch.workspace(device, 1, 1) for _ in range(2))
+    pointers = {pair[1].data_ptr() for pair in (kept, first, second)}
+    assert len(pointers) == 3
+    assert not second[1].any()
+    assert list(triton_launch._workspaces.values()) == [kept]
 
 
 @pytest.mark.parametrize(("n_tasks", "dtype"), [(1, DTYPES[0]), *((9, d) for d in DTYPES)], ids=str)

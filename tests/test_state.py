@@ -258,3 +258,50 @@ def test_the_state_shows_the_moments_torchs_way() -> None:
     assert state["exp_avg"].shape == weight.shape
     head = optimizer.state[model.heads[0].weight]
     assert head["exp_avg"].shape == model.heads[0].weight.shape
+
+
+def test_a_state_of_another_version_changes_nothing() -> None:
+    model = net()
+    optimizer = fastmto.PUB(model.trunk.parameters(), model.head_parameters())
+    optimizer.backward(model.losses(batch(0)))
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    for version in (1, None):
+        old = copy.deepcopy(before)
+        old["fastmto"] = {"version": version}
+        with pytest.raises(ValueError, match=r"^state_dict must be of version 2, got"):
+            optimizer.load_state_dict(old)
+    after = optimizer.state_dict()
+    assert after["state"].keys() == before["state"].keys()
+    assert len(before["state"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_learning_rates_in_tensors_are_loaded_into_these_tensors(shape: tuple[int, ...]) -> None:
+    model = net()
+    rates = [torch.full(shape, 0.01), torch.full(shape, 0.02)]
+    groups = [
+        {"params": list(model.trunk[0].parameters()), "lr": rates[0]},
+        {"params": list(model.trunk[2].parameters()), "lr": rates[1]},
+    ]
+    optimizer = fastmto.PUB(groups, model.head_parameters())
+    optimizer.backward(model.losses(batch(0)))
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for rate in rates:
+        rate.fill_(0.5)
+    optimizer.load_state_dict(saved)
+    assert all(g["lr"] is r for g, r in zip(optimizer.param_groups[:2], rates, strict=True))
+    assert [float(rate) for rate in rates] == pytest.approx([0.01, 0.02])
+
+
+def test_one_tensor_for_several_groups_is_parted_where_their_rates_differ() -> None:
+    model = net()
+    rate = torch.tensor(0.1)
+    optimizer = fastmto.PUB(model.trunk.parameters(), model.head_parameters(), rate)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for k, group in enumerate(saved["param_groups"]):
+        group["lr"] = torch.tensor(0.1 * (k + 1))
+    optimizer.load_state_dict(saved)
+    assert [float(g["lr"]) for g in optimizer.param_groups] == pytest.approx([0.1, 0.2, 0.3])
+    assert optimizer.param_groups[0]["lr"] is rate

@@ -9,6 +9,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..device import capturing
+
 #: Up to this many tasks a loop over them is unrolled whole.
 MAX_UNROLLED_T = 8
 
@@ -52,61 +54,32 @@ def programs_for(n_coordinates: int, tiling: Tiling) -> int:
     return blocks if tiling.programs is None else min(blocks, tiling.programs)
 
 
-_Workspace = tuple[Tensor, Tensor]
-_workspaces: dict[tuple[torch.device, int], _Workspace] = {}
-#: Those that a CUDA graph uses: they must outlive it, which nobody announces the end of.
-_captured: dict[int, _Workspace] = {}
+_workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
 
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _holds(held: _Workspace, n_sums: int, n_counters: int) -> bool:
-    return held[0].numel() >= n_sums and held[1].numel() >= n_counters
-
-
-def workspace(device: torch.device, n_sums: int, n_counters: int) -> _Workspace:
+def workspace(device: torch.device, n_sums: int, n_counters: int) -> tuple[Tensor, Tensor]:
     """Scratch of a reduction: (n_sums,) float64, any content, and (n_counters,) int32 zeros.
 
     Kept from call to call, one pair a device and stream (passes on one stream never overlap);
-    it grows when a call needs more. Every pass leaves the counters at 0. A CUDA graph takes over
-    the pair that an earlier pass on another stream has used, as it is captured on a stream of its
-    own and its memory must not be handed out again. Graphs captured on the same stream share a
-    pair: do not replay two of them at once.
-
-    Raises:
-        RuntimeError: a graph is being captured and no pair is large enough.
+    it grows when a call needs more. Every pass leaves the counters at 0. While a CUDA graph is
+    captured, a new pair out of the graph's own memory, whose counters every replay zeroes: a kept
+    one could be replaced, or shared with a graph that is replayed on another stream.
     """
+    if capturing(device):
+        return _pair(device, n_sums, n_counters)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream)
-    held = _workspaces.get(key)
-    capturing = _is_capturing(device)
-    if held is None or not _holds(held, n_sums, n_counters):
-        if capturing:
-            held = _take_over(device, n_sums, n_counters)
-        else:
-            sums = max(n_sums, held[0].numel() if held else 0)
-            counters = max(n_counters, held[1].numel() if held else 0)
-            held = (
-                torch.empty(sums, dtype=torch.float64, device=device),
-                torch.zeros(counters, dtype=torch.int32, device=device),
-            )
-        _workspaces[key] = held
-    if capturing:
-        _captured[held[0].data_ptr()] = held
+    held = _workspaces.get((device, stream))
+    if held is None or held[0].numel() < n_sums or held[1].numel() < n_counters:
+        sums = max(n_sums, held[0].numel() if held else 0)
+        counters = max(n_counters, held[1].numel() if held else 0)
+        held = _workspaces[device, stream] = _pair(device, sums, counters)
     return held
 
 
-def _take_over(device: torch.device, n_sums: int, n_counters: int) -> _Workspace:
-    """A pair of another stream that is large enough, no longer that stream's."""
-    for key, held in _workspaces.items():
-        if key[0] == device and _holds(held, n_sums, n_counters):
-            del _workspaces[key]
-            return held
-    raise RuntimeError(
-        "a CUDA graph is being captured, and this pass needs scratch memory that is not there "
-        "yet: run one step of the same shapes before the capture"
+def _pair(device: torch.device, n_sums: int, n_counters: int) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(n_sums, dtype=torch.float64, device=device),
+        torch.zeros(n_counters, dtype=torch.int32, device=device),
     )
 
 
