@@ -2,7 +2,7 @@
 
 A rule is a small frozen data class of hyperparameters. Its element formula exists three times
 only: in `reference.py`, in `csrc/kernels/rules.h` and in `ops/triton_rules.py`; the last two are
-tested against the first. The ops read a rule as `kind` and `coefficients(step)`.
+tested against the first. The ops read a rule as `kind` and `numbers(step, ...)`.
 
 Notation of all three rules, with the shared moments of the last step held fixed
 (PUB, arXiv 2410.05806, Algorithm 1):
@@ -49,7 +49,7 @@ class Numbers(NamedTuple):
     eps: float
     mu: float
     lr: float
-    keep: float  # 1 - lr weight_decay
+    decay: float  # lr weight_decay; 1 minus it would lose most of its digits in float32
     active: float  # 1, or 0: then the others are 0 too
 
 
@@ -89,8 +89,7 @@ class Rule:
         if step == 0:
             return Numbers(*(0.0,) * len(Numbers._fields))
         b1, b2, c1, c2, eps, mu = self.coefficients(step)
-        keep = 1 - lr * weight_decay
-        return Numbers(b1, 1 - b1, b2, 1 - b2, c1, c2, eps, mu, lr, keep, 1.0)
+        return Numbers(b1, 1 - b1, b2, 1 - b2, c1, c2, eps, mu, lr, lr * weight_decay, 1.0)
 
     def hyper(self, lr: float, weight_decay: float) -> Hyper:
         """The row that op `clock` makes `numbers` of."""

@@ -252,5 +252,5 @@ def test_wrong_arguments_of_check_are_named() -> None:
 def test_hyper_and_numbers_have_the_order_that_the_kernel_knows() -> None:
     assert Hyper._fields == ("b1", "b2", "eps", "mu", "corrected", "lr", "weight_decay")
     assert Numbers._fields == (
-        *("b1", "d1", "b2", "d2", "c1", "c2", "eps", "mu", "lr", "keep", "active"),
+        *("b1", "d1", "b2", "d2", "c1", "c2", "eps", "mu", "lr", "decay", "active"),
     )

@@ -21,7 +21,7 @@ struct Rows {
 struct Factors {
   const void* update;  // lr weights_i sigma_i; 0 leaves the task out
   const void* grad;    // weights_i, for shared moments
-  double decay;        // 1 - keep, the part that weight decay takes
+  double decay;        // the part that weight decay takes
 };
 
 struct Blocks {

@@ -26,7 +26,7 @@ enum class Isa : int { best = 0, baseline = 1, v3 = 2, v4 = 3 };
 
 // A row of numbers (rules.py): a rule at one step. All 0 for a task that takes no part.
 struct Numbers {
-  double b1, d1, b2, d2, c1, c2, eps, mu, lr, keep, active;
+  double b1, d1, b2, d2, c1, c2, eps, mu, lr, decay, active;
 };
 
 // What numbers are made of where only a tensor holds the step (rules.py).

@@ -423,7 +423,7 @@ Move plan(const Update& update, const Step& step, const Numbers& rates) {
   } else {
     fill_factors<float>(step, rates.lr, tasks.index, sets, factors);
   }
-  return {tasks.rows, factors, size, sets, 1 - rates.keep, !update.per_task};
+  return {tasks.rows, factors, size, sets, rates.decay, !update.per_task};
 }
 
 }  // namespace
@@ -604,8 +604,8 @@ void clock(int rows, const Hyper* hyper, const std::int64_t* counts, const std::
     const bool corrected = h.corrected != 0;
     const double c1 = corrected ? 1 / (1 - std::pow(h.b1, step)) : 0;
     const double c2 = corrected ? std::pow(1 - std::pow(h.b2, step), -0.5) : 0;
-    const double keep = 1 - h.lr * h.weight_decay;
-    numbers[r] = {h.b1, 1 - h.b1, h.b2, 1 - h.b2, c1, c2, h.eps, h.mu, h.lr, keep, 1};
+    const double decay = h.lr * h.weight_decay;
+    numbers[r] = {h.b1, 1 - h.b1, h.b2, 1 - h.b2, c1, c2, h.eps, h.mu, h.lr, decay, 1};
   }
   *found = 0;
 }

@@ -32,10 +32,10 @@ The ops, with u_i the update that the rule makes of g_i with the old moments (ru
     search      gram_ij = <u_i, u_j>; nothing else is written. With clippy (then params, segments
                 and sigma are needed): sigma is written, and u_i stands for sigma_is u_i on every
                 tensor s
-    apply       params <- keep params - lr sum_i weights_i u_i, with sigma_is u_i in place of u_i
+    apply       params <- params - decay params - lr sum_i weights_i u_i, with sigma_is u_i for u_i
                 where sigma (and segments) are given, then the moments take one step of the rule on
                 g = sum_i weights_i g_i, or, where every task keeps its own, task i's on g_i alone.
-                keep and lr are those of the first active row of numbers (sigma_is took lr of task
+                decay and lr are those of the first active row of numbers (sigma_is took lr of task
                 i's own); where there is none nothing is written
     delayed     search and apply with the weights of an earlier search, in one pass (with clippy, in
                 two, with the factors of this search)
@@ -51,7 +51,7 @@ The ops, with u_i the update that the rule makes of g_i with the old moments (ru
                 task's gram_ii NaN or infinite
     clock       numbers_r <- the numbers of `hyper` (R, 7), rows of `fastmto.rules.Hyper`, at step
                 counts_r + 1, where active_r, else zeros; found <- 0. counts (R,) int64, active
-                (R,) int32. c1 and c2 are right to a few units of float64
+                (R,) int32. c1 and c2 are at least as exact as 1 - b^t formed in float64
     advance     where found is 0: counts_r += 1 where active_r, and tally[0] += 1; else tally[1] +=
                 1. tally (2,) int64
     bargaining  weights (T,) <- the a > 0 with a_i (gram a)_i = preference_i (1 each for None), if

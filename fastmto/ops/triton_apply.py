@@ -1,6 +1,6 @@
 """Apply: move the parameters by the weighted updates, then the moments, as one Triton launch.
 
-    params <- keep params - lr sum_i a_i sigma_i u_i
+    params <- params - decay params - lr sum_i a_i sigma_i u_i
     moments <- the rule's step on g = sum_i a_i g_i, or task i's own moments on g_i
 
 with u_i the rule's update of g_i with the old moments, formed again instead of being stored, and
@@ -53,9 +53,10 @@ def end_of_writes(skip, P):
 @triton.jit
 def move(theta, offsets, mask, joint, numbers, R: tl.constexpr, DTYPE):
     """The parameters' step, given joint = sum_i a_i u_i."""
-    lr, keep = rates(numbers, R, DTYPE)
+    lr, decay = rates(numbers, R, DTYPE)
     old = tl.load(theta + offsets, mask=mask, other=0.0).to(DTYPE)
-    tl.store(theta + offsets, (keep * old - lr * joint).to(theta.dtype.element_ty), mask=mask)
+    new = old - (decay * old + lr * joint)
+    tl.store(theta + offsets, new.to(theta.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -85,7 +85,7 @@ def clock_kernel(
         tl.store(to + 6, eps, mask=inside)
         tl.store(to + 7, mu, mask=inside)
         tl.store(to + 8, lr, mask=inside)
-        tl.store(to + 9, one - lr * weight_decay, mask=inside)
+        tl.store(to + 9, lr * weight_decay, mask=inside)
         tl.store(to + 10, one, mask=inside)
     tl.store(found, 0)
 

@@ -35,7 +35,7 @@ N_STATES = (2, 1, 1, 2, 2, 3, 0)
 #: coefficients of the element formulas come first.
 WIDTH = tl.constexpr(len(Numbers._fields))
 LR = tl.constexpr(Numbers._fields.index("lr"))
-KEEP = tl.constexpr(Numbers._fields.index("keep"))
+DECAY = tl.constexpr(Numbers._fields.index("decay"))
 ACTIVE = tl.constexpr(Numbers._fields.index("active"))
 
 
@@ -70,7 +70,7 @@ def coefficients(row, mask, DTYPE):
 
 @triton.jit
 def rates(numbers, R: tl.constexpr, DTYPE):
-    """lr and keep of the first active row, 0 and 1 where there is none."""
+    """lr and decay of the first active row, 0 where there is none."""
     if R == 1:
         first = tl.where(tl.load(numbers + ACTIVE) != 0, 0, 1)
     else:
@@ -79,7 +79,7 @@ def rates(numbers, R: tl.constexpr, DTYPE):
         first = tl.min(tl.where(active, rows, R), axis=0)
     row = numbers + first * WIDTH
     lr = tl.load(row + LR, mask=first < R, other=0.0).to(DTYPE)
-    return lr, tl.load(row + KEEP, mask=first < R, other=1.0).to(DTYPE)
+    return lr, tl.load(row + DECAY, mask=first < R, other=0.0).to(DTYPE)
 
 
 @triton.jit
