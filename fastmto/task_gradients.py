@@ -24,6 +24,10 @@ Losses = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
 SMALLEST_WEIGHT = {torch.float16: 2.0**-6}
 SMALLEST_WEIGHT_ELSE = 2.0**-40
 
+#: What is known of a task's heads: nothing until its gradients on all heads were looked at, then
+#: whether its last own backward reached any of its own.
+UNKNOWN, UNUSED, USED = range(3)
+
 
 def as_list(
     losses: Losses,
@@ -112,7 +116,7 @@ class TaskGradients:
         heads: layouts of task-specific parameters, each of one task.
         owners: the task each head belongs to. None is found out at the first own backward of a
             task that moves the head; until then it is left alone. Given owners are checked at
-            the tasks' first backward.
+            the tasks' first backward. Neither happens by gradients that are not finite.
         n_tasks: T.
         spare: rows beyond T, for the caller.
 
@@ -125,6 +129,9 @@ class TaskGradients:
         touched: whether each task reached the shared parameters.
         reached: whether each shared parameter was ever reached by a task.
         hits: whether each shared parameter was reached since `clear`.
+        owners: the task each head belongs to, as far as is known.
+        inspected: UNKNOWN, UNUSED or USED for each task. A task that is UNKNOWN takes a backward
+            of its own, which waits for the device.
         backwards: number of backward passes so far.
     """
 
@@ -139,10 +146,9 @@ class TaskGradients:
         self.rows = [layout.rows(n_tasks + spare) for layout in layouts]
         self.head_rows = [head.rows(1) for head in heads]
         self.owners = list(owners)
-        self.inspected = [False] * n_tasks
+        self.inspected = [UNKNOWN] * n_tasks
         self.reaches = [True] * n_tasks  # whether a task's last own backward reached the rows
         self.backwards = 0
-        self._unsettled = False  # whether a head was reached by several tasks, by zeros only
         self._seed: Tensor | None = None
         self._shared: list[Tensor] = [p for layout in layouts for p in layout.parameters]
         self._heads = [head.parameters for head in heads]
@@ -227,7 +233,7 @@ class TaskGradients:
     ) -> None:
         """One backward of sum_i weights_i L_i into `row`; heads get weights_i divided out again.
 
-        Tasks of (nearly) no weight and tasks never seen before take a backward of their own.
+        Tasks of (nearly) no weight and tasks that are UNKNOWN take a backward of their own.
 
         Args:
             losses: of the T tasks.
@@ -248,7 +254,7 @@ class TaskGradients:
             floor = self._floor if seed is None else SMALLEST_WEIGHT[torch.float16]
             small = [abs(a) < floor for a in weights]
             shares = weights
-        apart = [i for i, _ in present if self._unsettled or small[i] or not self.inspected[i]]
+        apart = [i for i, _ in present if small[i] or not self.inspected[i]]
         joint = {i: loss for i, loss in present if i not in apart}
         add = not self._empty
         if joint:
@@ -298,18 +304,18 @@ class TaskGradients:
         grads, head_grads = self._backward([loss], [1.0], heads, retain=retain)
         self._take([i], grads, row=row, add=add, weight=weight)
         self.reaches[i] = any(grad is not None for grad in grads)
-        if not seen:
-            return [(i, head_grads)]
-        own = [grad for h in heads if self.owners[h] == i for grad in head_grads[h]]
-        if own and all(grad is None for grad in own):
-            # Another order of tasks or heads? The next backward looks at all of them.
-            self.inspected[i] = False
-        return self._take_known(i, head_grads)
+        return self._take_known(i, head_grads) if seen else [(i, head_grads)]
 
     def _take_known(self, i: int, head_grads: HeadGrads) -> list[tuple[int, HeadGrads]]:
         """Take task i's gradients on the heads known to be its own; the others are returned."""
-        for h in [h for h in head_grads if self.owners[h] == i]:
-            self._take_head(h, head_grads.pop(h))
+        own = {h: head_grads.pop(h) for h in list(head_grads) if self.owners[h] == i}
+        for h, grads in own.items():
+            self._take_head(h, grads)
+        if any(grad is not None for grads in own.values() for grad in grads):
+            self.inspected[i] = USED
+        elif own and self.inspected[i] == USED:
+            # Another order of tasks or heads? The next backward looks at all of them.
+            self.inspected[i] = UNKNOWN
         return [(i, head_grads)] if head_grads else []
 
     def _batched(
@@ -423,28 +429,26 @@ class TaskGradients:
         """Find or check the owner of every head in `fresh`, then take the gradients."""
         if not fresh:
             return
-        if capturing(self.rows[0].device):
-            raise RuntimeError(
-                "every task must have made a step before the one that is captured: it is not known "
-                "yet which task-specific parameters are whose, and finding out waits for the device"
-            )
+        sizes = self._sizes(fresh)
+        # One that is not finite reaches every head of a joint graph, as 0 times infinity is NaN.
+        finite = all(math.isfinite(size) for size in sizes.values())
         owners = list(self.owners)
-        self._unsettled = False
-        for h, members in enumerate(self._heads):
-            reached, moved = [], []
-            for i, head_grads in fresh:
-                grads = [g for g in head_grads.get(h, ()) if g is not None]
-                if grads:
-                    reached.append(i)
-                if any(bool(g.any()) for g in grads):
-                    moved.append(i)
-            if owners[h] is None:
-                # Reached with zeros only (a stack of losses connects everything): wait and see.
-                owners[h] = moved[0] if moved else reached[0] if len(reached) == 1 else None
-            self._unsettled |= owners[h] is None and len(reached) > 1
+        tasks = [i for i, _ in fresh]
+        away = any(not known for i, known in enumerate(self.inspected) if i not in tasks)
+        waiting: set[int] = set()
+        for h, members in enumerate(self._heads if finite else []):
+            reached = [i for i in tasks if (i, h) in sizes]
+            moved = [i for i in reached if sizes[i, h] > 0]
             owner = owners[h]
+            if owner is None:
+                # Reached with zeros only (a stack of losses connects everything): wait and see.
+                alone = len(reached) == 1 and not away
+                owner = owners[h] = moved[0] if moved else reached[0] if alone else None
+            if owner is None:
+                waiting.update(reached)
+                continue
             strangers = [i for i in moved if i != owner]
-            if strangers and owner is not None:
+            if strangers:
                 raise ValueError(
                     f"task-specific parameters must belong to one task each, but tasks "
                     f"{sorted({owner, *strangers})} have gradients on a head of shapes "
@@ -453,10 +457,51 @@ class TaskGradients:
                 )
         self.owners = owners
         for i, head_grads in fresh:
-            self.inspected[i] = True
+            if i in waiting:
+                self.inspected[i] = UNKNOWN
+            elif finite and len(head_grads) == len(self._heads):
+                used = any(owners[h] == i and (i, h) in sizes for h in head_grads)
+                self.inspected[i] = USED if used else UNUSED
             for h, own in head_grads.items():
-                if owners[h] == i:
+                # What is not finite is taken from anyone: the step must not pass for a good one.
+                lost = owners[h] is None and not math.isfinite(sizes.get((i, h), 0.0))
+                if owners[h] == i or lost:
                     self._take_head(h, own)
+
+    def _sizes(self, fresh: Sequence[tuple[int, HeadGrads]]) -> dict[tuple[int, int], float]:
+        """How large the gradient of a task is on a head, for each head it reaches. Waits for the
+        device, once; not at all where no head is reached.
+
+        Raises:
+            RuntimeError: while a CUDA graph is captured.
+        """
+        grads = [
+            (i, h, grad)
+            for i, head_grads in fresh
+            for h, own in head_grads.items()
+            for grad in own
+            if grad is not None and grad.numel()
+        ]
+        if not grads:
+            return {}
+        if capturing(self.rows[0].device):
+            tasks = sorted({i for i, _, _ in grads if not self.inspected[i]})
+            heads = sorted({h for _, h, _ in grads if self.owners[h] is None})
+            shapes = [tuple(p.shape) for h in heads for p in self._heads[h]]
+            unknown = [f"which of them tasks {tasks} use"] if tasks else []
+            unknown += [f"whose those of shapes {shapes} are"] if shapes else []
+            raise RuntimeError(
+                "it must be known whose the task-specific parameters are before a step is "
+                "captured, as finding out waits for the device; not known yet: "
+                f"{' and '.join(unknown)}. A step before it tells, if its gradients are finite and "
+                "not all zero there"
+            )
+        norms = [torch.linalg.vector_norm(grad, math.inf).double() for _, _, grad in grads]
+        sizes: dict[tuple[int, int], float] = {}
+        read = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
+        for (i, h, _), size in zip(grads, read, strict=True):
+            sizes[i, h] = sizes.get((i, h), 0.0) + size  # a sum keeps a NaN, max() may not
+        return sizes
 
 
 def graph_root(loss: Tensor) -> Tensor | GradientEdge:

@@ -1,12 +1,29 @@
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
 import pytest
 import torch
-from problems import batch, net
-from torch import nn
+from problems import Net, batch, net
+from reads import NothingGoesToTheHost
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+import fastmto
+from fastmto import task_gradients
 from fastmto.flat import FlatLayout
-from fastmto.task_gradients import TaskGradients, as_list, first_nonfinite
+from fastmto.task_gradients import (
+    UNKNOWN,
+    UNUSED,
+    USED,
+    TaskGradients,
+    as_list,
+    first_nonfinite,
+)
 
 
 def build(owners: str = "given", n_tasks: int = 2):
@@ -177,7 +194,7 @@ def test_a_head_that_two_tasks_train_is_refused_and_nothing_is_settled() -> None
     losses[1] = losses[1] + model.heads[0].weight.sum()
     with pytest.raises(ValueError, match=r"one task each.*\[0, 1\].*\(1, 8\).*shared_parameters"):
         gradients.per_task(losses)
-    assert gradients.inspected == [False, False]
+    assert gradients.inspected == [UNKNOWN, UNKNOWN]
 
 
 def test_a_head_reached_with_zeros_only_waits_for_its_owner() -> None:
@@ -202,6 +219,227 @@ def test_a_head_that_joins_later_is_found() -> None:
         head_grad(gradients, model, heads[2]), expected(model, batch(1), 1)[1][0]
     )
     assert len(heads) == 4
+
+
+def joint_losses(
+    model: Net, x: Tensor, *, bad: int | None = None, gate: float = 1.0
+) -> list[Tensor]:
+    """Losses of one tensor of predictions, so that every task reaches every head, others' by
+    zeros. `bad`: a task with a target that is NaN; `gate`: a factor of the last task's head."""
+    z = model.trunk(x).tanh()
+    factors = torch.tensor([1.0] * (len(model.heads) - 1) + [gate])
+    predictions = torch.cat([head(z) for head in model.heads], 1) * factors
+    targets = x[:, : len(model.heads)].clone()
+    if bad is not None:
+        targets[3, bad] = math.nan
+    return list((predictions + z[:, :1] - targets).pow(2).mean(0).unbind())
+
+
+FILLS: dict[str, Callable[[TaskGradients, list[Any]], None]] = {
+    "loop": lambda gradients, losses: gradients.per_task(losses),
+    "batched": lambda gradients, losses: gradients.per_task(losses, at_once=2),
+    "weighted": lambda gradients, losses: gradients.weighted(losses, [0.5, 2.0]),
+}
+
+
+def check_joint_heads(model: Net, gradients: TaskGradients, x: Tensor) -> None:
+    heads = [p for hs in model.head_parameters() for p in hs]
+    own = torch.autograd.grad(sum(joint_losses(model, x)), heads)
+    for p, g in zip(heads, own, strict=True):
+        torch.testing.assert_close(head_grad(gradients, model, p), g)
+
+
+@pytest.mark.parametrize("owners", ["given", "found"])
+@pytest.mark.parametrize("fill", FILLS)
+def test_gradients_that_are_not_finite_tell_nothing_about_owners(fill: str, owners: str) -> None:
+    model, _, gradients = build(owners)
+    before = list(gradients.owners)
+    FILLS[fill](gradients, joint_losses(model, batch(1), bad=0))  # 0 * NaN on every head
+    assert gradients.owners == before
+    assert gradients.inspected == [UNKNOWN, UNKNOWN]
+    assert gradients.filled == ([True] * 2 if owners == "given" else [True, True, False, False])
+    assert not gradients.head_rows[0].isfinite().all()
+    assert not gradients.rows[0][0].isfinite().all()
+    gradients.clear()
+    FILLS[fill](gradients, joint_losses(model, batch(2)))
+    assert gradients.owners == ([0, 1] if owners == "given" else [0, 0, 1, 1])
+    assert gradients.inspected == [USED, USED]
+    check_joint_heads(model, gradients, batch(2))
+
+
+@pytest.mark.parametrize("bad", [None, 1])
+@pytest.mark.parametrize("fill", FILLS)
+def test_a_head_is_not_given_to_a_stranger_while_its_own_task_is_absent(
+    fill: str, bad: int | None
+) -> None:
+    model, _, gradients = build("found")
+    FILLS[fill](gradients, [joint_losses(model, batch(1), bad=bad)[0], None])
+    assert gradients.owners == ([0, 0] if bad is None else [None, None]) + [None, None]
+    gradients.clear()
+    FILLS[fill](gradients, joint_losses(model, batch(2)))
+    assert gradients.owners == [0, 0, 1, 1]
+    check_joint_heads(model, gradients, batch(2))
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_first_step_that_overflows_on_a_head_alone_is_skipped(
+    listed: bool, capturable: bool
+) -> None:
+    """Also where it is not known yet whose the head is: a GradScaler has to learn of it."""
+    models = net(), net()
+    optimizers = []
+    for model in models:
+        heads = model.head_parameters()
+        given = heads if listed else [p for head in heads for p in head]
+        optimizers.append(fastmto.PUB(model.trunk.parameters(), given, capturable=capturable))
+    hook = models[0].heads[1].weight.register_hook(lambda grad: grad * math.inf)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=100)
+    optimizers[0].backward(joint_losses(models[0], batch(0)), scaler=scaler)
+    with nullcontext() if capturable else pytest.warns(RuntimeWarning, match="step skipped"):
+        scaler.step(optimizers[0])
+    scaler.update()
+    hook.remove()
+    assert scaler.get_scale() == 128
+    assert optimizers[0].stats["skipped"] == 1
+    for t in range(1, 4):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            optimizer.backward(joint_losses(model, batch(t)))
+            optimizer.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_weighted_head_that_overflows_before_it_is_known_whose_it_is() -> None:
+    model = net()
+    model.heads[1].weight.register_hook(lambda grad: grad * math.inf)
+    balancer = fastmto.get("nashmtl", 2, heads="weighted")
+    heads = [p for head in model.head_parameters() for p in head]
+    balancer.backward(model.losses(batch(0)), model.trunk.parameters(), heads)
+    assert not model.heads[1].weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_a_run_resumes_exactly_while_it_is_unknown_whose_a_head_is(capturable: bool) -> None:
+    def step(model: Net, optimizer: fastmto.PUB, t: int) -> None:
+        optimizer.zero_grad()
+        optimizer.backward(joint_losses(model, batch(t), gate=float(t > 1)))
+        optimizer.step()
+
+    def build(model: Net) -> fastmto.PUB:
+        options = {"update_weights_every": 4, "capturable": capturable}
+        return fastmto.PUB(model.trunk.parameters(), model.heads.parameters(), 0.01, **options)
+
+    model, rest = net(), net(1)
+    optimizer, resumed = build(model), build(rest)
+    for t in range(2):
+        step(model, optimizer, t)
+    assert optimizer.gradients.owners == [0, 0, None, None]
+    rest.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for t in range(2, 6):
+        step(model, optimizer, t)
+        step(rest, resumed, t)
+        assert resumed.gradients.owners == [0, 0, 1, 1]  # in no step a head is left behind
+    for p, q in zip(model.parameters(), rest.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert optimizer.stats == resumed.stats
+
+
+@contextmanager
+def a_capture() -> Iterator[None]:
+    """As if a CUDA graph were being captured."""
+    with pytest.MonkeyPatch.context() as patch, NothingGoesToTheHost():
+        patch.setattr(task_gradients, "capturing", lambda device: True)
+        yield
+
+
+@pytest.mark.parametrize("owner", [1, None])
+def test_a_head_that_is_never_reached_costs_and_reads_nothing(owner: int | None) -> None:
+    model, spare = net(), nn.Linear(2, 2)
+    model.heads[1].requires_grad_(False)
+    heads = [FlatLayout(model.head_parameters()[0]), FlatLayout(list(spare.parameters()))]
+    gradients = TaskGradients(
+        [FlatLayout(list(model.trunk.parameters()))], heads, [0, owner], n_tasks=2
+    )
+    gradients.per_task(model.losses(batch(0)))
+    counts = []
+    with a_capture():
+        for t in range(6):
+            gradients.clear()
+            before = gradients.backwards
+            if t % 2:
+                gradients.weighted(model.losses(batch(t)), [0.5, 2.0])
+            else:
+                gradients.per_task(model.losses(batch(t)))
+            counts.append(gradients.backwards - before)
+    assert counts == [2, 1, 2, 1, 2, 1]
+    assert gradients.owners == [0, owner]
+    assert gradients.inspected == [USED, UNUSED]
+
+
+def test_a_head_out_of_use_is_looked_at_once() -> None:
+    model, _, gradients = build()
+    known = []
+    for used in (True, True, False, False, False, True, False):
+        losses = model.losses(batch(1))
+        if not used:
+            losses[1] = model.trunk(batch(1)).sum()
+        gradients.clear()
+        gradients.per_task(losses)
+        known.append(gradients.inspected[1])
+    assert known == [USED, USED, UNKNOWN, UNUSED, UNUSED, USED, UNKNOWN]
+    assert gradients.inspected[0] == USED
+
+
+def test_what_is_not_known_under_a_capture_is_named() -> None:
+    model, _, gradients = build()
+    with (
+        a_capture(),
+        pytest.raises(RuntimeError, match=r"not known yet: which of them tasks \[0\] use\. A step"),
+    ):
+        gradients.per_task([model.losses(batch(1))[0], None])
+    model, _, gradients = build("found")
+    for _ in range(3):  # one head has gradients of 0, whose reach tells nothing
+        gradients.clear()
+        gradients.per_task(joint_losses(model, batch(1), gate=0.0))
+    losses = joint_losses(model, batch(1), gate=0.0)
+    named = r"which of them tasks \[0, 1\] use and whose those of shapes \[\(1, 8\), \(1,\)\] are"
+    with a_capture(), pytest.raises(RuntimeError, match=named):
+        gradients.per_task(losses)
+
+
+class Reads(TorchFunctionMode):
+    """Counts how often the host waits."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in NothingGoesToTheHost.WAITS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("owners", ["given", "found"])
+def test_owners_are_found_by_reading_once(owners: str) -> None:
+    model, _, gradients = build(owners, n_tasks=3)
+    losses = joint_losses(model, batch(1))
+    with Reads() as reads:
+        gradients.per_task(losses)
+    assert reads.count == 1
+    assert all(known == USED for known in gradients.inspected)
+
+
+def test_heads_of_no_elements_and_of_several_dtypes() -> None:
+    trunk, empty = nn.Parameter(torch.ones(3)), nn.Parameter(torch.empty(0))
+    narrow, wide = (nn.Parameter(torch.ones(2, dtype=d)) for d in (torch.bfloat16, torch.float64))
+    heads = [FlatLayout([p]) for p in (empty, narrow, wide)]
+    gradients = TaskGradients([FlatLayout([trunk])], heads, [None] * 3, 2)
+    tiny = torch.finfo(torch.float64).tiny
+    loss = trunk.sum() + empty.sum() + narrow.sum()
+    gradients.per_task([loss, trunk.sum() + (wide * tiny).sum()])
+    assert gradients.owners == [None, 0, 1]
+    assert gradients.head_views[2][0].tolist() == [tiny, tiny]
 
 
 def test_head_gradients_have_their_own_memory() -> None:

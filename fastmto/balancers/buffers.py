@@ -177,7 +177,8 @@ class Buffers:
         if head_weights is not None:
             for h in filled:
                 owner = gradients.owners[h]
-                assert owner is not None
+                if owner is None:  # not finite, so that it is not known whose
+                    continue
                 for view in self._head_views[h]:  # what lies between tensors stays 0
                     view.mul_(head_weights[owner])
         _add((self.heads[h][1], self._head_views[h][0]) for h in filled)
