@@ -24,8 +24,8 @@ STREAMS = {"grads", "s0", "s1", "s2", "theta", "out", "direction"}
 VERSION = ".".join(triton.__version__.split(".")[:2])
 #: Most bytes a thread may spill, by Triton's version and how kernels' names begin. Others: none.
 SPILLS: dict[str, dict[str, int]] = {
-    "3.6": {"bargaining T=32": 64, "search torch.float32 T=8 kind=0 |": 16},
-    "3.7": {"bargaining T=32": 64, "delayed torch.float32 T=8 kind=0 adatask": 16},
+    "3.6": {"bargaining T=32": 56, "search torch.float32 T=8 kind=0 |": 8},
+    "3.7": {"bargaining T=32": 56, "delayed torch.float32 T=8 kind=0 adatask": 8},
 }
 
 
