@@ -74,8 +74,9 @@ class PUB(UpdateBalancer):
             and steps can be captured in a CUDA graph (`fastmto.GraphedStep`). None: on GPUs, where
             it is possible: with the exact bargaining or another weighting that has a solver there,
             at most 64 tasks, no policy that raises, and no float16 parameters between="weighted".
-            Then nothing warns (`stats` counts), the steps from search to search count skipped ones
-            too, and only until the first weights are found a step waits to learn of them.
+            Then skipped steps and held weights do not warn (`stats` counts them), the steps from
+            search to search count skipped ones too, and a step waits only until the first weights
+            are found and it is known which task-specific parameters are whose.
 
     Attributes:
         weights: last task weights, (T,) float64 on the CPU; 1 before the first search, None
