@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -325,6 +324,10 @@ class UpdateBalancer(torch.optim.Optimizer):
             flat.check("task parameter", grads=True)
         gradients = self.gradients or self._set_tasks(len(values))
         self._names = names
+        if not self.capturable and capturing(self._device):
+            raise RuntimeError(
+                f"a step of this {type(self).__name__} cannot be captured: capturable is False"
+            )
         if self._pending == "refused":
             return
         if self._pending is None:
@@ -447,11 +450,11 @@ class UpdateBalancer(torch.optim.Optimizer):
         """
         try:
             return self._step(closure)
-        finally:
-            # A GradScaler takes these back only from a step that returns; it looks for them then.
-            if sys.exc_info()[0] is not None:
-                for name in ("found_inf", "grad_scale"):
-                    self.__dict__.pop(name, None)
+        except BaseException:
+            # A GradScaler takes these back only from a step that returns.
+            for name in ("found_inf", "grad_scale"):
+                self.__dict__.pop(name, None)
+            raise
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         result = None
@@ -640,7 +643,8 @@ class UpdateBalancer(torch.optim.Optimizer):
         if scale == "none":
             return 1.0
         if scale == "sum":
-            return len(weights) / weights.sum()
+            total = weights.sum()
+            return torch.where(total > 0, len(weights) / total, math.inf)
         length = (weights[:, None] * gram * weights).sum().clamp(min=0.0).sqrt()
         if scale == "mean_norm":
             return gram.diagonal().sqrt().mean() / length

@@ -253,6 +253,18 @@ def test_an_error_under_a_scaler_leaves_nothing_behind(unscales: bool) -> None:
     assert_same(*models, scaled, plain)
 
 
+def test_a_step_within_an_error_handler_is_a_step() -> None:
+    model = net()
+    optimizer, scaler = pub(model), scaler_of(4.0)
+    try:
+        raise ArithmeticError
+    except ArithmeticError:
+        optimizer.backward(model.losses(batch(0)), scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+    assert optimizer.stats["steps"] == 1
+
+
 def test_float16_autocast_trains() -> None:
     model = net()
     optimizer, scaler = pub(model, update_weights_every=3), scaler_of(2.0**10)

@@ -439,6 +439,14 @@ def test_a_capture_that_fails_leaves_the_books_as_they_were(
     assert optimizer.stats["steps"] == 2
 
 
+def test_a_capture_of_what_is_not_capturable_is_refused() -> None:
+    model = net()
+    optimizer = pub(model, False)
+    train(model, optimizer, [0])
+    with a_capture(), pytest.raises(RuntimeError, match="cannot be captured: capturable is False"):
+        optimizer.backward(model.losses(batch(1)))
+
+
 def test_constants_are_bounded_but_for_those_of_graphs() -> None:
     cpu = torch.device("cpu")
     constants = device.Constants(torch.int64)

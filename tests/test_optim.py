@@ -947,3 +947,13 @@ def test_every_weighting_balances_updates(weighting) -> None:
     moved = torch.cat([p.detach().flatten() for p in trunk]) - before
     torch.testing.assert_close(optimizer.weights, expected, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(moved, -1e-2 * expected @ rows, rtol=1e-6, atol=1e-9)
+
+
+def test_weights_whose_sum_is_not_positive_cannot_be_scaled_to_sum_to_t() -> None:
+    shared = [nn.Parameter(torch.ones(3))]
+    optimizer = fastmto.PUB(
+        shared, [[], []], weighting=lambda gram: [-1.0, 0.5], scale="sum", on_failure="raise"
+    )
+    optimizer.backward([linear_loss(shared, g) for g in gradients(0, shared, 2)])
+    with pytest.raises(SolverError, match="the weights or their scale are not finite"):
+        optimizer.step()
