@@ -27,6 +27,7 @@ from .rules import Clippy, Hyper, Rule, as_rule
 from .solvers import STATUSES, Result
 from .task_gradients import Losses, TaskGradients, as_list, first_nonfinite
 from .weightings import Bargaining, DeviceSolver, Weighting
+from .weightings.base import MOST_KAPPA
 
 GramWeighting = Weighting | Callable[[Tensor], Tensor]
 
@@ -140,6 +141,8 @@ class UpdateBalancer(torch.optim.Optimizer):
                     owners.append(group["task"])
         self._owners = owners
         self._numel = sum(flat.numel for _, flat in self._shared)
+        narrow = any(flat.dtype != torch.float64 for _, flat in self._shared)
+        self._most_kappa = MOST_KAPPA if narrow else math.inf
         self._device = self._shared[0][1].device
         ops.backend(self._device)  # a device without one is refused here
         self._steps = self._first = 0  # of the search phase; at construction or loading
@@ -624,9 +627,12 @@ class UpdateBalancer(torch.optim.Optimizer):
         self._gram = gram = self._gram_room[: n * n].view(n, n).copy_(gram)
         raw = self._raw[:n]
         self._solver(gram, raw, self._info, active)
+        status, solved = self._info[0], STATUSES.index("solved")
+        far = (status == solved) & (self._info[3] > self._most_kappa)
+        status.copy_(torch.where(far, STATUSES.index("near_stationary"), status))
         weights = raw * self._factor(raw, gram)
         finite = self._clock.found[0] == 0
-        ok = finite & (self._info[0] == STATUSES.index("solved")) & weights.isfinite().all()
+        ok = finite & (status == solved) & weights.isfinite().all()
         capped = torch.zeros_like(ok)
         if self._settings["max_weight"] is not None:
             bound = self._settings["max_weight"]
@@ -654,7 +660,8 @@ class UpdateBalancer(torch.optim.Optimizer):
         """weighting(gram), of the chosen scale.
 
         Raises:
-            SolverError: no weights, weights that are not finite, or a joint update of length 0.
+            SolverError: no weights, weights that are noise or not finite, or a joint update of
+                length 0.
         """
         weighting = self.weighting
         assert weighting is not None
@@ -666,6 +673,13 @@ class UpdateBalancer(torch.optim.Optimizer):
         if weights.shape != (len(gram),):
             raise ValueError(
                 f"weighting must return weights of shape ({len(gram)},), got {tuple(weights.shape)}"
+            )
+        kappa = getattr(getattr(weighting, "result", None), "kappa", 0.0)
+        if kappa > self._most_kappa:
+            raise SolverError(
+                f"kappa {kappa:.3g}: nearer to Pareto stationarity than a Gram matrix of float32 "
+                "updates tells",
+                "near_stationary",
             )
         weights = weights * self._factor(weights, gram)
         if not bool(weights.isfinite().all()):

@@ -65,8 +65,9 @@ class PUB(UpdateBalancer):
         adatask: every task keeps its own moments, (T, P) each (AdaTask, AAAI 2023).
         delayed: step with the weights of the search before, in the same pass that takes the new
             Gram; a search that fails (`on_failure="raise"`) does so after that step.
-        on_failure: a search that finds no weights (tasks Pareto stationary, a zero update)
-            keeps the last ones ("hold") or raises `SolverError` ("raise").
+        on_failure: a search that finds no weights (tasks Pareto stationary, or nearer to that than
+            float32 tells, kappa above 1e7; a zero update) keeps the last ones ("hold") or raises
+            `SolverError` ("raise").
         on_nonfinite: a NaN or infinite loss or gradient skips the step, parameters and state
             untouched ("skip"), or raises `NonFiniteError` ("raise"). Both policies count in
             `stats` and warn.

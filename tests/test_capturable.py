@@ -185,6 +185,28 @@ def test_a_search_without_an_answer_holds_the_weights() -> None:
     assert optimizer.stats["steps"] == 3
 
 
+@pytest.mark.parametrize("capturable", [True, False])
+def test_weights_that_float32_cannot_tell_from_noise_are_held(capturable: bool) -> None:
+    d = torch.tensor([1.0, 2.0, -1.0, 0.5], dtype=torch.float64)
+    for dtype, held in ((torch.float64, 0), (torch.float32, 1)):
+        shared = nn.Parameter(torch.zeros(4, dtype=dtype))
+        optimizer = fastmto.PUB(
+            [shared], [[], []], update_weights_every=1, rule=RMSProp(eps=1e3), capturable=capturable
+        )
+        # Updates whose sum is 2e-5 of their length: kappa is about 1e9.
+        other = -d + torch.tensor([4e-5, 0, 0, 0], dtype=torch.float64)
+        optimizer.backward([(shared * g.to(dtype)).sum() for g in (d, other)])
+        if held and not capturable:
+            with pytest.warns(RuntimeWarning, match="near_stationary"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        assert optimizer.stats["held"] == held
+        assert (optimizer.weights.tolist() == [1, 1]) == (held == 1)
+        if capturable:
+            assert optimizer.result.status == ("near_stationary" if held else "solved")
+
+
 def test_the_first_search_is_repeated_until_one_finds_weights() -> None:
     shared = [nn.Parameter(torch.zeros(4))]
     optimizer = fastmto.PUB(shared, [[], []], update_weights_every=5, capturable=True)

@@ -26,6 +26,7 @@ from ..device import capturing
 from ..errors import NonFiniteError, SolverError, warn
 from ..per_task import take
 from ..weightings import Bargaining, DeviceSolver, Equal, Weighting
+from ..weightings.base import MOST_KAPPA
 from .base import Balancer, Batch, Info
 from .buffers import Buffers, check_inputs, heads_of, survey
 from .device_search import DeviceSearch
@@ -33,10 +34,6 @@ from .device_search import DeviceSearch
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-#: Relative error of the cosines of float32 gradients; weights are off by kappa times that.
-GRAM_ERROR = 1e-8
-#: Solutions nearer to Pareto stationarity are not told from noise by such gradients.
-MOST_KAPPA = 0.1 / GRAM_ERROR
 #: Tasks a batched backward takes at once where nobody said otherwise.
 AT_ONCE = 8
 HEADS_NOT_FINITE = "the gradient of a task-specific parameter is not finite"

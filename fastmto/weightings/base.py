@@ -17,6 +17,10 @@ from ..solvers import Result
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+#: Above it, weights found from a Gram matrix of float32 numbers are noise: cosines have an error of
+#: about 1e-8, and weights are off by kappa times that.
+MOST_KAPPA = 1e7
+
 #: gram (n, n), weights (n,), info (4,), tasks or None; see `Weighting.device_solver`.
 DeviceSolver: TypeAlias = Callable[[Tensor, Tensor, Tensor, "Sequence[int] | None"], None]
 
