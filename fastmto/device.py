@@ -2,51 +2,52 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-Args = ParamSpec("Args")
-Returned = TypeVar("Returned")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-class Uncompiled(Generic[Args, Returned]):
-    """A method at which torch.compile ends one graph and begins the next.
+class _Uncompiled:
+    """A method until the class that has it is complete."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        setattr(owner, name, self._method)
+        _uncompiled.append((owner, name, self._method))
+
+
+_uncompiled: list[tuple[type, str, Callable[..., Any]]] = []
+
+
+def uncompiled(method: Method) -> Method:
+    """Marks a method at which torch.compile ends one graph and begins the next.
 
     For what walks the autograd graph or keeps books in Python, neither of which can be traced, and
     for what writes to memory that parameters show: traced together with a use of these parameters,
     torch 2.13 fails ("non-differentiable view input mutations").
 
-    Decorates; a class with such methods calls `Uncompiled.prepare()` when it is built, outside of
-    what is compiled. Not at import: the compiler's own import takes seconds, and torch's optimizers
-    import it when they are built.
+    A class with such methods calls `tell_compiler` first thing when an object is built.
     """
+    return cast(Method, _Uncompiled(method))
 
-    _all: ClassVar[list[Uncompiled[Any, Any]]] = []
 
-    def __init__(self, function: Callable[Args, Returned]) -> None:
-        functools.update_wrapper(self, function)
-        self._function = function
-        self._prepared = False
-        self._all.append(self)
+def tell_compiler() -> None:
+    """Have torch.compile leave alone what is marked `uncompiled`.
 
-    @classmethod
-    def prepare(cls) -> None:
-        """Tell the compiler of all of them."""
-        disable: Any = torch.compiler.disable
-        for one in cls._all:
-            if not one._prepared:
-                one._function = disable(one._function, reason="it keeps books in Python")
-                one._prepared = True
-
-    def __get__(self, owner: Any, kind: Any = None) -> Any:
-        return self if owner is None else functools.partial(self._function, owner)
-
-    def __call__(self, *args: Args.args, **options: Args.kwargs) -> Returned:
-        return self._function(*args, **options)
+    Not at import: the compiler's own import takes seconds, and torch's optimizers import it when
+    they are built. Not later: then it could happen within what is compiled, and torch's optimizers
+    have wrapped their `step` by then.
+    """
+    disable: Any = torch.compiler.disable
+    while _uncompiled:
+        owner, name, method = _uncompiled.pop()
+        setattr(owner, name, disable(method, reason="it keeps books in Python"))
 
 
 def capturing(device: torch.device) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import ops
-from .device import Constants, Uncompiled, capturing, upload
+from .device import Constants, capturing, tell_compiler, uncompiled, upload
 from .errors import NonFiniteError, SolverError, warn
 from .flat import FlatParameters
 from .group_rules import GroupRules, check_state_names
@@ -79,6 +79,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         on_nonfinite: str = "skip",
         capturable: bool | None = None,
     ) -> None:
+        tell_compiler()
         groups, n_tasks, names = param_groups(shared_parameters, task_parameters)
         between = between or ("per_task" if adatask else "weighted")
         _check_choice("scale", scale, SCALES)
@@ -124,7 +125,6 @@ class UpdateBalancer(torch.optim.Optimizer):
 
     def _build(self, n_tasks: int | None, names: list[str] | None) -> None:
         """Lay out buffers and state for the param groups as they stand, at step 0."""
-        Uncompiled.prepare()
         self._names = names
         self._rules = GroupRules(self._rule)
         # Groups are held by number: load_state_dict puts new dicts in place of the old ones.
@@ -287,7 +287,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         weighting: GramWeighting | None = self._settings["weighting"]
         return weighting
 
-    @Uncompiled
+    @uncompiled
     def backward(self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None) -> None:
         """Compute the gradients of a step; takes the place of `loss.backward()`.
 
@@ -432,7 +432,7 @@ class UpdateBalancer(torch.optim.Optimizer):
             self._found = bool(self._outcomes[FOUND] > 0)
         return self._found
 
-    @Uncompiled
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Search weights if it is time, move the parameters, then the moments.
@@ -882,6 +882,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         if "settings" not in state:  # torch's load_state_dict comes through here as well
             super().__setstate__(state)
             return
+        tell_compiler()
         self._settings = state["settings"]
         self._rule = state["rule"]
         super().__setstate__(

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..checks import check_choice
-from ..device import Uncompiled
+from ..device import tell_compiler, uncompiled
 from ..errors import NonFiniteError, warn
 from ..per_task import take
 from ..task_gradients import Losses, as_list, first_nonfinite
@@ -207,8 +207,12 @@ class Balancer(ABC):
         self.update_weights_every = update_weights_every
         self.on_nonfinite = on_nonfinite
         self._given_tasks = n_tasks
-        Uncompiled.prepare()
+        tell_compiler()
         self.reset()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tell_compiler()
+        self.__dict__.update(state)
 
     def reset(self) -> None:
         """Forget everything learned and counted, as freshly built."""
@@ -246,7 +250,7 @@ class Balancer(ABC):
         """
         return []
 
-    @Uncompiled
+    @uncompiled
     def backward(
         self,
         losses: Losses,

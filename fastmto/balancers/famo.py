@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..device import Uncompiled
+from ..device import uncompiled
 from ..errors import NonFiniteError, warn
 from ..per_task import TaskAdam, like, put, take
 from ..task_gradients import Losses, as_list, first_nonfinite
@@ -118,7 +118,7 @@ class FAMO(LossBalancer):
     def needs_update(self) -> bool:
         return True
 
-    @Uncompiled
+    @uncompiled
     def update(self, losses: Losses) -> None:
         """Move the logits by how far the losses fell since the last search.
 

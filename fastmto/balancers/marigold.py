@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import weightings
-from ..device import Uncompiled
+from ..device import uncompiled
 from ..errors import NonFiniteError, SolverError, warn
 from ..task_gradients import Losses, as_list
 from ..weightings import Weighting
@@ -543,7 +543,7 @@ class MARIGOLD(Balancer):
         self._lambda[tasks] = found
         self._found = True
 
-    @Uncompiled
+    @uncompiled
     def update(self, losses: Losses) -> None:
         """Take the losses after the optimizer's step on the same batch, for estimator="reuse".
 
