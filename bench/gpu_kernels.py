@@ -19,7 +19,7 @@ import gpu_maths
 import torch
 from gpu_floors import floor_bytes
 from gpu_maths import CLIPPY, LR, RULE, SEGMENTS, STEP, as_view
-from gpu_timer import Contestant, CpuTimer, Row
+from gpu_timer import FAILURES, Contestant, CpuTimer, Row, in_a_line
 from torch import Tensor
 
 from fastmto import ops, philox, reference
@@ -465,8 +465,8 @@ def measure(
                 row["allocated_MB"] = _megabytes(timer.peak_bytes(functools.partial(contestant, 0)))
                 row["issued_us"] = 1e6 * timer.issued(contestant, n_sets)
             row[f"{name}_us"] = 1e6 * timer.seconds(contestant, n_sets)
-        except (Wrong, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+        except (Wrong, *FAILURES) as error:
+            reason = in_a_line(error)
             if name == "ours":
                 row.update(status="wrong" if isinstance(error, Wrong) else "failed", note=reason)
                 return row

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from gpu_kernels import Wrong
-from gpu_timer import CpuTimer, Row
+from gpu_timer import FAILURES, CpuTimer, Row, in_a_line
 from torch import Tensor
 
 from fastmto import ops, solvers
@@ -85,7 +85,7 @@ def measure_solver(name: str, n_tasks: int, family: str, timer: CpuTimer) -> Row
         row["ours_us"] = 1e6 * timer.seconds(solve, GRAMS)
         row["issued_us"] = 1e6 * timer.issued(solve, GRAMS)
         row["host_us"] = 1e6 * timer.issued(through_the_host, GRAMS)
-    except (Wrong, RuntimeError) as error:
+    except (Wrong, *FAILURES) as error:
         row["status"] = "wrong" if isinstance(error, Wrong) else "failed"
-        row["note"] = str(error).splitlines()[0]
+        row["note"] = in_a_line(error)
     return row

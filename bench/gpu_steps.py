@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from gpu_timer import CpuTimer, Row, TrainingStep
+from gpu_timer import FAILURES, CpuTimer, Row, TrainingStep, in_a_line
 from torch import Tensor
 from torch.nn import functional
 
@@ -255,8 +255,8 @@ def measure_model(
         try:
             made = Contestant(contestant, model, batches, timer)
             made.check()
-        except (ArithmeticError, RuntimeError, ValueError) as error:
-            row.update(status="failed", note=str(error).splitlines()[0])
+        except FAILURES as error:
+            row.update(status="failed", note=in_a_line(error))
             continue
         field[contestant] = made
         row["peak_MB"] = None if made.peak_bytes is None else made.peak_bytes / 1e6

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import TritonError
 
 import fastmto
 
@@ -185,8 +186,8 @@ class CudaTimer(CpuTimer):
 
     def release(self) -> None:
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
         gc.collect()
+        torch.cuda.empty_cache()
         gc.freeze()  # every capture collects garbage, which is slow among all that torch holds
 
     def _events(self, work: Callable[[], object]) -> float:
@@ -235,3 +236,22 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+#: What may go wrong in one contestant, its compilers' errors included, without ending the others.
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TritonError,
+    TypeError,
+    ValueError,
+)
+
+
+def in_a_line(error: Exception) -> str:
+    """What went wrong, for a table."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from fastmto import ops
 
@@ -279,9 +280,10 @@ def test_one_compiled_function_serves_every_size(name: str) -> None:
     assert len(traced) == 1
 
 
-def test_a_peer_that_fails_is_left_out_and_named() -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, triton.TritonError, AttributeError])
+def test_a_peer_that_fails_is_left_out_and_named(kind: type[Exception]) -> None:
     def broken(*tensors: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("does not compile")
+        raise kind("does not compile")
 
     case = Case("gram", 2, 1600)
     row = gpu_kernels.measure(case, CpuTimer(), bandwidth=BANDWIDTH, compiled=broken)

@@ -76,7 +76,7 @@ GRAM = gram_of(GRADS)
 
 def test_all_are_here() -> None:
     made = {type(make()).__name__ for make in MAKE.values()}
-    assert made | {"Weighting", "SolverWeighting"} == set(weightings.__all__)
+    assert made | {"DeviceSolver", "Weighting", "SolverWeighting"} == set(weightings.__all__)
 
 
 @EVERY

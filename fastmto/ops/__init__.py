@@ -69,7 +69,7 @@ The ops, with u_i the update that the rule makes of g_i with the old moments (ru
 
 The maths is float32 for float32, bfloat16 and float16 inputs, and float64 for float64. Gram sums
 run in blocks in that precision and are combined in float64. All reductions have a fixed order:
-the same inputs, device and thread count give the same bits.
+the same inputs, memory alignment, device and thread count give the same bits.
 """
 
 from __future__ import annotations
@@ -89,6 +89,10 @@ BACKENDS = {"cpu": "cpu", "cuda": "gpu"}
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 #: Most tasks that `bargaining` and `mgda` take.
 MAX_SOLVED_TASKS = 64
+
+#: Ops that keep scratch memory from call to call, which must not come from the pool of a CUDA graph
+#: that torch.compile makes.
+SCRATCH = ("search", "delayed", "gram")
 
 _library: Any = torch.library.Library("fastmto", "DEF")  # type: ignore[no-untyped-call]
 
@@ -116,7 +120,10 @@ def _define(schema: str, adapt: Callable[[dict[str, Any]], dict[str, Any]] | Non
     `adapt` makes the backends' keywords of the operator's.
     """
     name = schema[: schema.index("(")]
-    _library.define(f"{schema} -> ()", tags=(torch.Tag.needs_exact_strides,))
+    tags = [torch.Tag.needs_exact_strides]
+    if name in SCRATCH and hasattr(torch.Tag, "cudagraph_unsafe"):
+        tags.append(torch.Tag.cudagraph_unsafe)
+    _library.define(f"{schema} -> ()", tags=tuple(tags))
     for device, module in BACKENDS.items():
 
         def call(*args: Any, _module_name: str = module, **options: Any) -> None:
