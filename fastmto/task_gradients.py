@@ -564,13 +564,17 @@ def reaches(loss: Tensor, inputs: Sequence[Tensor]) -> bool:
 def leaves(losses: Sequence[Tensor], beyond: Sequence[Tensor]) -> list[Parameter]:
     """The `torch.nn.Parameter`s that the losses are computed from, in the graph's order, up to
     the tensors `beyond` of the graph."""
+    return [leaf for leaf in graph_leaves(losses, beyond) if isinstance(leaf, Parameter)]
+
+
+def graph_leaves(losses: Sequence[Tensor], beyond: Sequence[Tensor]) -> list[Tensor]:
+    """The same of all leaf tensors."""
     stop = {_edge(x) for x in beyond}
-    found = [
+    return [
         node.variable
         for node, nr in dict.fromkeys(_walk(losses, stop))
         if (node, nr) not in stop and hasattr(node, "variable")
     ]
-    return [leaf for leaf in found if isinstance(leaf, Parameter)]
 
 
 def _write(

@@ -417,7 +417,7 @@ def test_what_a_subclass_does_on_the_host_is_not_left_out():
 
     with pytest.raises(ValueError, match="capturable must be None or False"):
         Halved(fastmto.weightings.Equal(), capturable=True)
-    assert Halved(fastmto.weightings.Equal())._device_solver(2) is None
+    assert Halved(fastmto.weightings.Equal())._solver(2) is None
 
 
 def test_on_a_cpu_the_host_decides_unless_told_otherwise():

@@ -26,7 +26,7 @@ from ..checks import check_choice
 from ..device import tell_compiler, uncompiled
 from ..errors import NonFiniteError, warn
 from ..per_task import take
-from ..task_gradients import Losses, as_list, first_nonfinite
+from ..task_gradients import Losses, as_list, first_nonfinite, graph_leaves
 
 #: What `Balancer.stats` counts.
 STATS = ("steps", "searches", "backwards", "held", "skipped", "absent", "untouched")
@@ -88,7 +88,8 @@ class Info(Mapping[str, Any]):
         result: the solver's `fastmto.solvers.Result`; None where none was called.
         passes: how per-task gradients were taken ("loop", "batched (T at once)", ...); None
             where none were.
-        skipped: why the step was skipped; None where it was not.
+        skipped: why the step was skipped; None where it was not, and where that is decided on a
+            device: `status` says "not_finite" there.
 
     Args:
         result: or a function that makes it, called whenever it is read.
@@ -168,11 +169,13 @@ class Balancer(ABC):
     With a GradScaler (`backward(..., scaler=scaler)`, of losses that are not scaled) `.grad` is
     left scaled: `scaler.unscale_(optimizer)` or `scaler.step(optimizer)` divides the scale out,
     once. Nothing else that comes out is scaled. A step that is not finite then is the scaler's to
-    skip: a NaN or infinite loss with "skip" puts NaN into `.grad`, is counted in
-    `stats["skipped"]` and changes nothing else here, without a warning. Gradient-level methods do
-    the same for gradients ("raise", too, is about losses alone, as gradients may overflow by the
-    scale). What loss-level methods learn comes from the losses, which are not scaled, and does not
-    wait for what the scaler finds.
+    skip: a NaN or infinite loss with "skip" puts NaN into the `.grad` of all that the step would
+    have moved, is counted in `stats["skipped"]` and changes nothing else here, without a warning.
+    Gradient-level methods do the same for gradients ("raise", too, is about losses alone, as
+    gradients may overflow by the scale). What loss-level methods learn comes from the losses, which
+    are not scaled, and does not wait for what the scaler finds. Learnable parameters belong into
+    the model's optimizer: `scaler.step` refuses an optimizer without any gradient, and they have
+    none in a step that does not search.
 
     Attributes:
         weights: (T,) weights of the tasks after the last step; None before T is known.
@@ -180,7 +183,9 @@ class Balancer(ABC):
         stats: counts of what happened: steps made, searches, backwards (passes through the
             graph, partial ones included), held (searches without answer that kept the last
             weights), skipped steps, absent tasks, tasks that did not touch what is shared.
-            Capturable methods count on the device; reading them waits for it.
+            Capturable methods count held searches and skipped steps on the device, so that reading
+            waits for it; a step skipped there is one of the steps as well, and replays of a CUDA
+            graph count nothing else.
 
     Raises:
         ValueError: an argument out of range.
@@ -307,6 +312,10 @@ class Balancer(ABC):
             as_tensors("features", features),
             closure,
         )
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise ValueError(
+                "scaler must be a torch.amp.GradScaler or None, got " + type(scaler).__name__
+            )
         if scaler is not None and scaler.is_enabled():
             batch.seed = scaler.scale(torch.ones((), device=batch.present[0].device))
         if self._looks_at(batch):
@@ -332,18 +341,31 @@ class Balancer(ABC):
             return batch.present[0].device.type == "cpu"
         return self.on_nonfinite != "ignore"
 
-    def _refuse(self, batch: Batch, what: str) -> tuple[Tensor, Info]:
-        """Skip this step with nothing written, or raise; a scaler gets NaN to find."""
+    def _refuse(self, batch: Batch, what: str, *, scaled: bool = False) -> tuple[Tensor, Info]:
+        """Skip this step with nothing written, or raise; a scaler gets NaN to find.
+
+        Args:
+            batch: the call.
+            what: is not finite.
+            scaled: whether the scale of a scaler may be to blame, which is no reason to raise.
+        """
         self._counted["skipped"] += 1
-        if self.on_nonfinite == "raise":
+        if self.on_nonfinite == "raise" and not (scaled and batch.seed is not None):
             raise NonFiniteError(f"{what}; no gradient was written")
         if batch.seed is None:
             warn(f"step skipped: {what} (stats['skipped'])")
         else:
-            # Without any gradient `scaler.step` would raise.
-            losses = batch.present
-            torch.autograd.backward(losses, [torch.full_like(x, math.nan) for x in losses])
+            # Every optimizer has to find some: `scaler.step` looks at each for itself.
+            for p in (*self._moved(batch), *self.parameters()):
+                if p.grad is not None and p.grad.layout is torch.strided:
+                    p.grad.fill_(math.nan)
+                else:
+                    p.grad = torch.full_like(p, math.nan)
         return self._weighted_sum(batch), Info(self.weights, self.names, skipped=what)
+
+    def _moved(self, batch: Batch) -> Iterable[Tensor]:
+        """What the step writes a `.grad` of, but for the method's own parameters."""
+        return graph_leaves(batch.present, ())
 
     def _weighted_sum(self, batch: Batch) -> Tensor:
         losses = batch.losses
@@ -366,7 +388,7 @@ class Balancer(ABC):
             "steps": self._steps,
             "found": self._found,
             "names": self.names,
-            "weights": None if self.weights is None else self.weights.clone(),
+            "weights": None if self.weights is None else self.weights.to("cpu", copy=True),
             "stats": dict(self.stats),
             "state": {} if self.weights is None else self._state(),
         }
@@ -396,7 +418,7 @@ class Balancer(ABC):
         if expected != got:
             raise ValueError(f"state must hold {sorted(expected)}, got {sorted(got)}")
         self._load(state_dict["state"])
-        self.weights = weights.clone()
+        self.weights = weights.to("cpu", copy=True)  # a map_location moves every tensor of a file
         self.names = None if names is None else list(names)
         self._counted = dict(state_dict["stats"])
         self._steps = state_dict["steps"]

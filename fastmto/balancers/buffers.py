@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -128,7 +127,7 @@ class Buffers:
 
     def finite(self, row: int) -> bool:
         """Whether a row of gradients is finite; waits for the device."""
-        return self._finite(rows[row : row + 1] for rows in self.gradients.rows).item() != 0
+        return bool(self._finite(rows[row : row + 1] for rows in self.gradients.rows))
 
     def finite_heads(self) -> Tensor:
         """Whether the heads' gradients are finite, a boolean on the device."""
@@ -136,15 +135,13 @@ class Buffers:
         return self._finite(rows for rows, on in heads if on)
 
     def _finite(self, grads: Iterable[Tensor]) -> Tensor:
-        found = torch.zeros(1, dtype=torch.int32, device=self.device)
+        found: dict[torch.device, Tensor] = {}  # heads may lie on other devices
         for rows in grads:
-            ops.check(rows, found)
-        return found[0] == 0
-
-    def spoil(self) -> None:
-        """NaN in place of the gradients of this call, for a scaler to find."""
-        for view in (*self._joint_views, *(v for views in self._head_views for v in views)):
-            view.fill_(math.nan)
+            if rows.device not in found:
+                found[rows.device] = torch.zeros(1, dtype=torch.int32, device=rows.device)
+            ops.check(rows, found[rows.device])
+        zero = torch.zeros(1, dtype=torch.int32, device=self.device)
+        return sum((x.to(self.device) for x in found.values()), zero)[0] == 0
 
     def task_state(self) -> list[Tensor]:
         """Zeros like the task rows, in the precision that state is kept in."""

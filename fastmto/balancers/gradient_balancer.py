@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -24,11 +24,11 @@ from torch import Tensor
 from ..checks import check_choice
 from ..device import capturing
 from ..errors import NonFiniteError, SolverError, warn
-from ..per_task import take
+from ..task_gradients import graph_leaves
 from ..weightings import Bargaining, DeviceSolver, Equal, Weighting
-from ..weightings.base import MOST_KAPPA
+from ..weightings.base import MOST_KAPPA, speaks_for
 from .base import Balancer, Batch, Info
-from .buffers import Buffers, check_inputs, heads_of, survey
+from .buffers import Buffers, Head, check_inputs, heads_of, survey
 from .device_search import DeviceSearch
 
 if TYPE_CHECKING:
@@ -128,13 +128,16 @@ class GradientBalancer(Balancer):
         self.heads = heads
         self.passes = passes
         self.at_once = at_once
+        if capturable is not None and type(capturable) is not bool:
+            raise ValueError(f"capturable must be True, False or None, got {capturable!r}")
         self.on_failure = on_failure
         self.capturable = capturable
+        self._captured: list[object] = []  # whose memory CUDA graphs go on using
         super().__init__(
             n_tasks, update_weights_every=update_weights_every, on_nonfinite=on_nonfinite
         )
         if capturable:
-            self._refuse_capturable(self._why_on_host(1 if n_tasks is None else n_tasks, ()))
+            self._refuse_capturable(self._why_on_host(1 if n_tasks is None else n_tasks, None))
 
     def reset(self) -> None:
         self._buffers: Buffers | None = None
@@ -147,6 +150,8 @@ class GradientBalancer(Balancer):
     def _backward(self, batch: Batch, searches: bool) -> tuple[Tensor, Info]:
         assert self.weights is not None
         buffers = self._buffers_for(batch)
+        if capturing(buffers.device):
+            self._captured += [x for x in self._memory() if all(x is not y for y in self._captured)]
         gradients = buffers.gradients
         gradients.clear()
         # A task that came late would stand with its initial weight among balanced ones.
@@ -163,7 +168,7 @@ class GradientBalancer(Balancer):
         try:
             info, head_weights = self._search(batch, buffers, active)
         except NonFiniteError as error:
-            return self._not_finite(batch, buffers, str(error))
+            return self._refuse(batch, str(error), scaled=True)
         info.passes = passes
         self._counted["searches"] += 1
         self._counted["untouched"] += len(batch.tasks) - len(active)
@@ -220,21 +225,20 @@ class GradientBalancer(Balancer):
         if self._looks_at(batch):
             if not buffers.finite(buffers.joint):
                 what = "the gradient of the weighted losses is not finite"
-                return self._not_finite(batch, buffers, what)
+                return self._refuse(batch, what, scaled=True)
             if batch.seed is not None and not bool(buffers.finite_heads()):
-                return self._not_finite(batch, buffers, HEADS_NOT_FINITE)
+                return self._refuse(batch, HEADS_NOT_FINITE, scaled=True)
         self._counted["backwards"] += buffers.gradients.backwards - before
-        info = Info(self.weights, self.names)
+        assert self.weights is not None
+        info = Info(self.weights.clone(), self.names)
         return self._deliver(batch, buffers, self._head_weights(batch)), info
 
-    def _not_finite(self, batch: Batch, buffers: Buffers, what: str) -> tuple[Tensor, Info]:
-        """Skip a step whose gradients are not finite, or leave that to the scaler."""
-        if batch.seed is None:
-            return self._refuse(batch, what)
-        self._counted["skipped"] += 1
-        buffers.spoil()
-        buffers.deliver(None)
-        return self._weighted_sum(batch), Info(self.weights, self.names, skipped=what)
+    def _moved(self, batch: Batch) -> list[Tensor]:
+        inputs, heads = self._listed(batch)
+        trunk: Sequence[Tensor] = inputs
+        if self._shared_name == "features":
+            trunk = graph_leaves(inputs, ()) if batch.shared is None else batch.shared
+        return [p for p in (*trunk, *(p for _, p in heads)) if p.requires_grad]
 
     def _deliver(
         self, batch: Batch, buffers: Buffers, head_weights: Sequence[float | Tensor] | None
@@ -316,12 +320,12 @@ class GradientBalancer(Balancer):
         """What every task's own gradient is multiplied by on its heads; None for 1."""
         return list(self._last_weights()) if self.heads == "weighted" else None
 
-    def _why_on_host(self, n_tasks: int, dtypes: Iterable[torch.dtype]) -> str | None:
+    def _why_on_host(self, n_tasks: int, buffers: Buffers | None) -> str | None:
         """Why a search has to read what the device computes; None where it has not.
 
         Args:
             n_tasks: T.
-            dtypes: of all gradients, as far as they are known.
+            buffers: of all gradients; None where they are not known yet.
         """
         return f"{type(self).__name__} decides on the host"
 
@@ -348,8 +352,8 @@ class GradientBalancer(Balancer):
     def _shared_name(self) -> str:
         return "features" if self.level == "features" else "shared_parameters"
 
-    def _buffers_for(self, batch: Batch) -> Buffers:
-        """The buffers for the tensors of this call: those of the last one if they fit."""
+    def _listed(self, batch: Batch) -> tuple[list[Tensor], list[Head]]:
+        """What the call's gradients are compared at, and its task-specific parameters."""
         assert self.weights is not None
         name = self._shared_name
         inputs = batch.features if name == "features" else batch.shared
@@ -369,19 +373,30 @@ class GradientBalancer(Balancer):
             known = [(i, p) for i, p in old.heads if p.requires_grad]
             ids = {id(p) for _, p in known}
             heads = known + [(i, p) for i, p in heads if id(p) not in ids]
+        return inputs, heads
+
+    def _buffers_for(self, batch: Batch) -> Buffers:
+        """The buffers for the tensors of this call: those of the last one if they fit."""
+        assert self.weights is not None
+        inputs, heads = self._listed(batch)
+        old = self._buffers
         if old is None or not old.fits(inputs, heads):
             survey(batch, inputs, heads)
-            new = Buffers(inputs, heads, len(self.weights), at_features=name == "features")
+            new = Buffers(inputs, heads, len(self.weights), at_features=inputs is batch.features)
             self._take_over(old, new)
             if old is not None and old.same_heads(heads):
                 new.take_known_heads(old.known_heads())
             elif old is None and batch.heads is not None:
                 new.take_known_heads(self._known_heads)
-            self._listed = batch.heads is not None
+            self._heads_given = batch.heads is not None
             self._buffers = old = new
         old.keep_old_grads()
         old.bind(inputs, batch.shared, batch.seed)
         return old
+
+    def _memory(self) -> list[object]:
+        """What holds the memory that a step writes to and that outlives it."""
+        return [self._buffers]
 
     def _take_over(self, old: Buffers | None, new: Buffers) -> None:
         """Bring state of the rows' size into new buffers; raises before it changes anything."""
@@ -392,12 +407,7 @@ class GradientBalancer(Balancer):
         what came when, and the next run has to find out for itself."""
         if self._buffers is None:
             return copy.deepcopy(self._known_heads)
-        return self._buffers.known_heads() if self._listed else {}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.weights is not None:
-            self.weights = self.weights.cpu()  # a map_location moves every tensor of a file
+        return self._buffers.known_heads() if self._heads_given else {}
 
     def _state(self) -> dict[str, Any]:
         return {"heads": self._heads_for_state(), "searched": sorted(self._searched)}
@@ -409,7 +419,8 @@ class GradientBalancer(Balancer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold no gradients: the buffers show another model's parameters."""
-        return {**self.__dict__, "_buffers": None, "_known_heads": self._heads_for_state()}
+        known = self._heads_for_state()
+        return {**self.__dict__, "_buffers": None, "_captured": [], "_known_heads": known}
 
     def _options(self) -> dict[str, Any]:
         options = {"level": (self.level, "parameters"), "heads": (self.heads, "own")}
@@ -431,12 +442,34 @@ class GramBalancer(GradientBalancer):
         **options: Unpack[GradientOptions],
     ) -> None:
         self.weighting = weighting
+        self._weights: Tensor | None = None  # while none are on a device
+        self._device_search: DeviceSearch | None = None
         super().__init__(n_tasks, **options)
 
     def reset(self) -> None:
-        self._device_search: DeviceSearch | None = None
         self.weighting.reset()
+        self._forget_tally()
         super().reset()
+
+    @property
+    def weights(self) -> Tensor | None:
+        search = self._device_search
+        return self._weights if search is None or self._weights is None else search.weights
+
+    @weights.setter
+    def weights(self, weights: Tensor | None) -> None:
+        search = self._device_search
+        self._weights = weights
+        if search is None or weights is None:
+            return
+        if len(weights) == len(search.weights):
+            search.weights.copy_(weights)  # replays of a CUDA graph go by them, too
+        else:
+            self._device_search = None
+
+    def _forget_tally(self) -> None:
+        if self._device_search is not None:
+            self._device_search.tally.zero_()
 
     @property
     def stats(self) -> dict[str, int]:
@@ -448,24 +481,32 @@ class GramBalancer(GradientBalancer):
                 counted[name] += more
         return counted
 
-    def _device_solver(self, n_tasks: int) -> DeviceSolver | None:
+    def _solver(self, n_tasks: int) -> DeviceSolver | None:
         """What finds the weights on the device; None where a subclass does more than its weighting
         and has not said how that is done there."""
-        steps = ("_weigh", "_solve", "_join")
-        changed = any(getattr(type(self), x) is not getattr(GramBalancer, x) for x in steps)
-        return None if changed else self.weighting.device_solver(n_tasks)
+        speaks = speaks_for(self, "_device_solver", ("_weigh", "_solve", "_join", "_held"))
+        return self._device_solver(n_tasks) if speaks else None
 
-    def _why_on_host(self, n_tasks: int, dtypes: Iterable[torch.dtype]) -> str | None:
+    def _device_solver(self, n_tasks: int) -> DeviceSolver | None:
+        """The function for `_solver`, of this class's searches."""
+        return self.weighting.device_solver(n_tasks)
+
+    def _why_on_host(self, n_tasks: int, buffers: Buffers | None) -> str | None:
         obstacles = {
             f"the weights of {n_tasks} tasks by {self.weighting!r} are found on the host": (
-                self._device_solver(n_tasks) is None
+                self._solver(n_tasks) is None
             ),
             f"on_failure={self.on_failure!r} has to look": self.on_failure != "hold",
             f"on_nonfinite={self.on_nonfinite!r} has to look": (
                 self.on_nonfinite not in (None, "ignore")
             ),
             "small weights of float16 gradients have to be known with update_weights_every > 1": (
-                self.update_weights_every > 1 and torch.float16 in dtypes
+                self.update_weights_every > 1
+                and buffers is not None
+                and torch.float16 in buffers.dtypes
+            ),
+            "task-specific parameters lie on another device than what is shared": (
+                buffers is not None and any(p.device != buffers.device for _, p in buffers.heads)
             ),
         }
         return next((why for why, stands in obstacles.items() if stands), None)
@@ -474,16 +515,19 @@ class GramBalancer(GradientBalancer):
         assert self.weights is not None
         n_tasks, search = len(self.weights), self._device_search
         wanted = new.device.type != "cpu" if self.capturable is None else self.capturable
-        why = self._why_on_host(n_tasks, new.dtypes) if wanted else "it is not wanted"
+        why = self._why_on_host(n_tasks, new) if wanted else "it is not wanted"
         if self.capturable:
             self._refuse_capturable(why)
         super()._take_over(old, new)
         if why is None and search is not None and search.weights.device == new.device:
             return
         if search is not None:
-            self._counted, self.weights = self.stats, search.weights.cpu()
-        solver = self._device_solver(n_tasks) if why is None else None
+            self._counted, self._weights = self.stats, search.weights.cpu()
+        solver = self._solver(n_tasks) if why is None else None
         self._device_search = solver and DeviceSearch(solver, self.weights, new.device)
+
+    def _memory(self) -> list[object]:
+        return [*super()._memory(), self._device_search]
 
     def _last_weights(self) -> Sequence[float] | Tensor:
         search = self._device_search
@@ -494,10 +538,6 @@ class GramBalancer(GradientBalancer):
         return self._device_search is None or (
             isinstance(self.weighting, Bargaining | Equal) and batch.seed is None
         )
-
-    def _current(self, batch: Batch) -> Tensor:
-        search = self._device_search
-        return super()._current(batch) if search is None else take(search.weights, batch.tasks)
 
     def _search(
         self, batch: Batch, buffers: Buffers, active: list[int]
@@ -517,7 +557,6 @@ class GramBalancer(GradientBalancer):
         self._searched.update(active)
         if not self._found and not capturing(buffers.device):
             self._found = bool(found.taken)  # a search a step until there are weights
-        self.weights = found.weights
         info = Info(found.weights, self.names, found.gram, found.result)
         factors = self._head_weights(batch)
         if scaled:
@@ -549,6 +588,10 @@ class GramBalancer(GradientBalancer):
     def _result(self) -> Any:
         return getattr(self.weighting, "result", None)
 
+    def _held(self, buffers: Buffers, active: list[int], weights: Tensor) -> Tensor:
+        weights[active] = self._hold(buffers.host_gram(active), weights[active])
+        return weights
+
     def _hold(self, gram: Tensor, weights: Tensor) -> Tensor:
         """The weights (n,) of a search without an answer, from the last ones, by operations that
         read nothing.
@@ -559,25 +602,18 @@ class GramBalancer(GradientBalancer):
         """
         return weights
 
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if self._device_search is not None:
-            state["weights"] = self._device_search.weights.to("cpu", copy=True)
-        return state
-
     def _state(self) -> dict[str, Any]:
         return {**super()._state(), "weighting": self.weighting.state_dict()}
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self.weighting.load_state_dict(state["weighting"])
         super()._load(state)
-        self._device_search = None
+        self._forget_tally()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**super().__getstate__(), "_device_search": None}
-        if self._device_search is not None:
-            state["_counted"] = self.stats
-            state["weights"] = self._device_search.weights.to("cpu", copy=True)
+        state = {**super().__getstate__(), "_device_search": None, "_counted": self.stats}
+        if self.weights is not None:
+            state["_weights"] = self.weights.to("cpu", copy=True)
         return state
 
     def _options(self) -> dict[str, Any]:

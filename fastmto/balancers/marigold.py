@@ -356,9 +356,8 @@ class MARIGOLD(Balancer):
         assert self.weights is not None
         if batch.seed is not None and joint is not None and not math.isfinite(joint.length):
             self._recorded = None
-            self._counted["skipped"] += 1
-            what = "the gradient is not finite"
-            return self._weighted_sum(batch), MarigoldInfo(self.weights, self.names, skipped=what)
+            loss, told = self._refuse(batch, "the gradient is not finite", scaled=True)
+            return loss, MarigoldInfo(self.weights, self.names, skipped=told.skipped)
         self.weights = self.weights.clone()
         self.weights[batch.tasks] = own
         info = MarigoldInfo(self.weights, self.names)

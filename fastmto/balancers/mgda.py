@@ -58,7 +58,7 @@ class MGDA(GramBalancer):
 
     def _device_solver(self, n_tasks: int) -> weightings.DeviceSolver | None:
         by_losses = self.normalization in ("loss", "loss+")
-        return None if by_losses else self.weighting.device_solver(n_tasks)
+        return None if by_losses else super()._device_solver(n_tasks)
 
     def _options(self) -> dict[str, Any]:
         return {"normalization": self.normalization, **super()._options()}

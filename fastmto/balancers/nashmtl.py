@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import weightings
 from ..weightings.base import joint_length
-from .buffers import Buffers
 from .gradient_balancer import GradientOptions, GramBalancer
 
 if TYPE_CHECKING:
@@ -50,10 +49,6 @@ class NashMTL(GramBalancer):
         )
         self.max_norm = max_norm
         super().__init__(weighting, n_tasks, **options)
-
-    def _held(self, buffers: Buffers, active: list[int], weights: Tensor) -> Tensor:
-        weights[active] = self._hold(buffers.host_gram(active), weights[active])
-        return weights
 
     def _hold(self, gram: Tensor, weights: Tensor) -> Tensor:
         """The last weights are as large as the gradients they were found for were small."""

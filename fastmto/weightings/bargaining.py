@@ -79,7 +79,7 @@ class Bargaining(SolverWeighting):
             self._last.update(zip(indices, result.weights.tolist(), strict=True))
         return result
 
-    def device_solver(self, n_tasks: int) -> DeviceSolver | None:
+    def _device_solver(self, n_tasks: int) -> DeviceSolver | None:
         if self.method != "exact" or self.warm_start or n_tasks > ops.MAX_SOLVED_TASKS:
             return None
         constants, tol, ridge = Constants(torch.float64), self.tol, self.ridge

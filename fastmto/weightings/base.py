@@ -28,9 +28,9 @@ DeviceSolver: TypeAlias = Callable[[Tensor, Tensor, Tensor, "Sequence[int] | Non
 class Weighting(ABC):
     """A callable Gram -> weights.
 
-    Subclasses define `__call__` (or `_solve`, see `SolverWeighting`), and `state_dict`,
+    Subclasses define `__call__` (or `_solve`, see `SolverWeighting`), `state_dict`,
     `load_state_dict` and `reset` if they keep anything from one call to the next that later
-    weights depend on.
+    weights depend on, and `_device_solver` if their weights can be found on a device.
 
     Attributes:
         result: the last solver `Result` with its status, iterations and residual; None before the
@@ -66,7 +66,8 @@ class Weighting(ABC):
             n_tasks: T, the most tasks that it will be called with.
 
         Returns:
-            None where the weights need the host. Else a function of
+            None where the weights need the host, also those of a subclass that does something else
+            in a call and does not say how that is done on a device. Else a function of
 
                 gram (n, n)   float64, contiguous; not modified
                 weights (n,)  float64 on its device <- what a call would return, where there is one
@@ -77,6 +78,11 @@ class Weighting(ABC):
             It sets no `result`. Options that are per task are brought to the device at the first
             call with tasks like these and kept by the function: keep that.
         """
+        speaks = speaks_for(self, "_device_solver", ("__call__", "_solve", "_powers"))
+        return self._device_solver(n_tasks) if speaks else None
+
+    def _device_solver(self, n_tasks: int) -> DeviceSolver | None:
+        """The function for `device_solver`, of this class's calls."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,6 +122,14 @@ class SolverWeighting(Weighting):
                 result.status,
             )
         return weights if weights.dtype is gram.dtype else _rounded(weights, gram.dtype)
+
+
+def speaks_for(one: object, hook: str, steps: Sequence[str]) -> bool:
+    """Whether a method of an object, `hook`, was written for the object's own `steps`: none of
+    these methods was overridden below the class that defines it."""
+    kind = type(one)
+    author = next(base for base in kind.__mro__ if hook in vars(base))
+    return all(getattr(kind, x, None) is getattr(author, x, None) for x in steps)
 
 
 def _rounded(weights: Tensor, dtype: torch.dtype) -> Tensor:

@@ -30,7 +30,7 @@ class Constant(Weighting):
     def __call__(self, gram: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         return torch.tensor(self._of(gram, tasks), dtype=gram.dtype, device=gram.device)
 
-    def device_solver(self, n_tasks: int) -> DeviceSolver:
+    def _device_solver(self, n_tasks: int) -> DeviceSolver:
         constants = Constants(torch.float64)
 
         def solve(gram: Tensor, weights: Tensor, info: Tensor, tasks: Sequence[int] | None) -> None:
@@ -60,7 +60,7 @@ class Equal(Weighting):
             check_tasks(gram, tasks)
         return torch.ones(len(gram), dtype=gram.dtype, device=gram.device)
 
-    def device_solver(self, n_tasks: int) -> DeviceSolver:
+    def _device_solver(self, n_tasks: int) -> DeviceSolver:
         def solve(gram: Tensor, weights: Tensor, info: Tensor, tasks: Sequence[int] | None) -> None:
             weights.fill_(1.0)
             info.zero_()  # solved

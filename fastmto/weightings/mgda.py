@@ -49,7 +49,7 @@ class MGDA(SolverWeighting):
     def _solve(self, gram: Tensor, tasks: Sequence[int] | None) -> Result[Tensor]:
         return mgda(gram if self.normalization == "none" else _cosines(gram))
 
-    def device_solver(self, n_tasks: int) -> DeviceSolver | None:
+    def _device_solver(self, n_tasks: int) -> DeviceSolver | None:
         if n_tasks > ops.MAX_SOLVED_TASKS:
             return None
         cosines = self.normalization == "l2"

@@ -98,8 +98,8 @@ class NashMTL(Bargaining):
         length = float(joint_length(gram.detach().to("cpu", torch.float64), a))
         return weights if length <= self.max_norm else weights * (self.max_norm / length)
 
-    def device_solver(self, n_tasks: int) -> DeviceSolver | None:
-        solve, max_norm = super().device_solver(n_tasks), self.max_norm
+    def _device_solver(self, n_tasks: int) -> DeviceSolver | None:
+        solve, max_norm = super()._device_solver(n_tasks), self.max_norm
         if solve is None or max_norm is None or self._clips_before:
             return solve
 
