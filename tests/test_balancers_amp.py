@@ -267,6 +267,110 @@ def test_a_loss_that_is_not_finite_reaches_the_scaler(case):
     assert all(p.grad is None for p in strict.parameters)
 
 
+@pytest.mark.parametrize("why", ["loss", "masked loss", "gradient", "good"])
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_an_optimizer_for_every_part_skips_as_well(case, why):
+    """The trunk's, each head's and one for what the method learns: all of them, or none."""
+    if "capturable" in case.options and "loss" in why:
+        pytest.skip("looks at no loss")
+    scaled = Scaled(case.build(), 2.0**10)
+    model, balancer = scaled.model, scaled.balancer
+    parts = [list(model.trunk.parameters()), *map(list, model.head_parameters())]
+    parts += [balancer.parameters()] if balancer.parameters() else []
+    optimizers = [torch.optim.Adam(part, lr=0.01) for part in parts]
+    for step in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        losses = scaled.losses(step)
+        last = step == 2
+        if last and why == "loss":
+            losses[0] = losses[0] * math.nan
+        elif last and why == "masked loss":  # whose backward is zeros
+            losses[0] = torch.where(torch.tensor(True), torch.tensor(math.nan), losses[0])
+        elif last and why == "gradient":
+            losses[0] = losses[0] + (scaled.z - scaled.z.detach()).sum() * 2.0**120
+        before = [[p.detach().clone() for p in part] for part in parts]
+        _, info = scaled.backward(losses, step)
+        for optimizer in optimizers:
+            scaled.scaler.step(optimizer)
+        scaled.scaler.update()
+        if scaled.balancer.needs_update and not (last and why != "good"):
+            with torch.no_grad():
+                scaled.balancer.update(scaled.losses(step))
+    still = [
+        all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+        for a, b in zip(before, parts, strict=True)
+    ]
+    skips = why != "good"
+    if why == "gradient" and case.level == "loss" and case.key != "marigold":
+        # Nobody but the scaler looks at it: what it does not reach moves.
+        assert info.skipped is None
+        assert still[:2] == [True, False]
+        return
+    assert still == [skips] * len(parts)
+    if "capturable" not in case.options:
+        assert (info.skipped is not None) == skips
+
+
+def test_a_step_for_the_scaler_to_skip_writes_to_what_it_would_have_moved():
+    """Not to what is in neither list, nor to inputs."""
+    encoder = nn.Linear(6, 6)
+    scaled = Scaled(fastmto.get("nashmtl", 3), 2.0**8)
+    x = scaled.data(0).requires_grad_()
+    scaled.data = lambda step: encoder(x)
+    with pytest.warns(RuntimeWarning, match="neither in shared_parameters"):
+        scaled.step(0)
+    for factor, kick in ((math.inf, 0.0), (1.0, 2.0**120)):
+        scaled.factor, scaled.kick = factor, kick
+        _, info = scaled.step(1)
+        assert "is not finite" in info.skipped
+        assert all(p.grad.isnan().all() for p in scaled.parameters)
+        assert x.grad is None
+        assert all(p.grad is None for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_features_without_a_trunk_have_nan_behind_them(listed):
+    """`shared_parameters` and the heads left out, their gradients are those of the graph."""
+    scaled = Scaled(fastmto.get("nashmtl", 3, level="features"), 2.0**8)
+    frozen = scaled.model.heads[1].bias.requires_grad_(False)
+    scaled.factor = math.nan
+    losses = scaled.losses(0)
+    arguments = scaled.arguments(0) if listed else {}
+    _, info = scaled.balancer.backward(
+        losses, **{**arguments, "features": scaled.z}, scaler=scaled.scaler
+    )
+    assert "is not finite" in info.skipped
+    assert frozen.grad is None
+    for p in scaled.parameters:
+        assert p is frozen or p.grad.isnan().all()
+
+
+def test_what_is_in_grad_already_becomes_nan_in_place():
+    """But for a sparse gradient, which cannot show NaN everywhere."""
+    table = nn.Embedding(8, 2, sparse=True)
+    w = nn.Parameter(torch.ones(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    balancer = fastmto.get("ls", 2)
+    held = []
+    for factor in (1.0, math.nan):
+        z = table(torch.tensor([1, 2])) * w
+        balancer.backward([z.sum() * factor, z.square().sum()], scaler=scaler)
+        held.append(w.grad)
+    assert held[0] is held[1]
+    assert w.grad.isnan().all()
+    assert table.weight.grad.isnan().all()
+
+
+@pytest.mark.parametrize("scaler", [True, 1024.0, "cuda"])
+@pytest.mark.parametrize("key", ["ls", "nashmtl", "marigold", "pub"])
+def test_a_scaler_is_a_scaler(key, scaler):
+    x = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"scaler must be a torch\.amp\.GradScaler or None, got"):
+        fastmto.get(key).backward([x.sum(), x.square().sum()], [x], [], scaler=scaler)
+    assert x.grad is None
+
+
 def _without_update(world: Scaled, step: int):
     world.optimizer.zero_grad()
     returned = world.backward(world.losses(step), step)
@@ -313,8 +417,12 @@ def test_nothing_shows_nan_after_an_overflow():
     for capturable in (True, False):
         scaled = Scaled(fastmto.get("nashmtl", 3, capturable=capturable), 2.0**10)
         for step in range(3):
-            scaled.kick = 2.0**405 if step == 1 else 0.0
-            scaled.step(step)
+            scaled.kick = 2.0**120 if step == 1 else 0.0  # the loss stays finite
+            _, info = scaled.step(step)
+            if step == 1:
+                assert (info.status if capturable else info.skipped).startswith(
+                    "not_finite" if capturable else "the gradient of"
+                )
         assert scaled.balancer.stats["skipped"] == 1
         assert all(p.grad.isfinite().all() for p in scaled.parameters)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import itertools
 import math
 import pickle
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +17,13 @@ import torch
 from problems import net
 from reads import NothingGoesToTheHost, NothingIsRead
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastmto
 from fastmto import ops
 from fastmto.balancers import GramBalancer
+from fastmto.balancers.buffers import Buffers
 
 T = 3
 close = torch.testing.assert_close
@@ -199,9 +204,11 @@ def test_is_the_host_s_step_and_reads_nothing(method, every, level, heads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_gradients(dtype):
-    worlds = [World(METHODS[0].build(capturable=on), dtype) for on in (True, False)]
-    for step in range(4):
+@pytest.mark.parametrize("every", [1, 3])
+def test_narrow_gradients(dtype, every):
+    options = {"update_weights_every": every}
+    worlds = [World(METHODS[0].build(capturable=on, **options), dtype) for on in (True, False)]
+    for step in range(7):
         for world in worlds:
             world.step(step, reads=not world.balancer.capturable or step == 0)
         assert_same(*(world.grads for world in worlds))
@@ -223,14 +230,14 @@ def test_an_info_keeps_what_it_said():
     assert info["cosines"].diagonal().allclose(torch.ones(T, dtype=torch.float64))
 
 
-def linear(balancer, x: nn.Parameter, rows, *, reads: bool = True):
+def linear(balancer, x: nn.Parameter, rows, *, reads: bool = True, **options: Any):
     """One step on losses whose gradients are `rows`; None is an absent task."""
     x.grad = None
-    losses = [None if r is None else (x * torch.tensor(r, dtype=x.dtype)).sum() for r in rows]
+    losses = [None if r is None else (x * torch.as_tensor(r, dtype=x.dtype)).sum() for r in rows]
     if reads:
-        return balancer.backward(losses, [x], [])[1]
+        return balancer.backward(losses, [x], [], **options)[1]
     with NothingIsRead(), NothingGoesToTheHost():
-        return balancer.backward(losses, [x], [])[1]
+        return balancer.backward(losses, [x], [], **options)[1]
 
 
 REGULAR = [[1.0, 0.2], [0.1, 2.0]]
@@ -315,6 +322,30 @@ def test_a_gradient_that_is_not_finite_goes_through():
     assert torch.equal(balancer.weights, before)
     assert linear(balancer, x, REGULAR, reads=False).status == "solved"
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+@pytest.mark.parametrize("rows", [[-1.0, -0.2], [math.inf, 0.0]], ids=["held", "overflow"])
+def test_a_late_task_without_weights_stands_with_the_mean_of_the_others(capturable, rows):
+    """Its initial weight of 1 would be 2000 times theirs."""
+    if not capturable and math.inf in rows:
+        pytest.skip("the host skips such a step and searches in the next one")
+    balancer = fastmto.get("nashmtl", 3, capturable=capturable, update_weights_every=100)
+    x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4) if math.inf in rows else None
+    large = [[1e3, 200.0], [100.0, 2e3]]
+    first = linear(balancer, x, [*large, None], scaler=scaler).weights.clone()
+    linear(balancer, x, [*large, None], scaler=scaler)
+    late = [*large[:1], None, [1e3 * r for r in rows]]
+    if capturable:
+        info = linear(balancer, x, late, reads=False, scaler=scaler)
+    else:
+        with pytest.warns(RuntimeWarning, match="weights held"):
+            info = linear(balancer, x, late)
+    assert info.status == ("not_finite" if scaler else "near_stationary")
+    # Held, they are brought down by one factor to the bound on the joint gradient.
+    close(info.weights[2] / info.weights[0], first[:2].mean() / first[0], rtol=1e-12, atol=0)
+    assert scaler is None or torch.equal(info.weights[:2], first[:2])
 
 
 @pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy", "to the host"])
@@ -410,14 +441,59 @@ def test_a_float16_head_is_refused_as_well():
         balancer.backward(losses, [x], [[], [head]])
 
 
-def test_what_a_subclass_does_on_the_host_is_not_left_out():
-    class Halved(GramBalancer):
-        def _solve(self, gram, active, batch):
-            return super()._solve(gram, active, batch) / 2
+class Halved(Fixed):
+    def _solve(self, gram, active, batch):
+        return super()._solve(gram, active, batch) / 2
 
-    with pytest.raises(ValueError, match="capturable must be None or False"):
-        Halved(fastmto.weightings.Equal(), capturable=True)
-    assert Halved(fastmto.weightings.Equal())._solver(2) is None
+
+class HalvedMGDA(fastmto.balancers.MGDA):
+    def _solve(self, gram, active, batch):
+        return super()._solve(gram, active, batch) / 2
+
+
+class Dropped(fastmto.balancers.NashMTL):
+    def _held(self, buffers, active, weights):
+        return torch.zeros_like(weights)
+
+
+class Capped(fastmto.weightings.NashMTL):
+    def __call__(self, gram, tasks=None):
+        return super().__call__(gram, tasks).clamp(max=0.4)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda **options: Halved(fastmto.weightings.Equal(), **options),
+        lambda **options: Fixed(Capped(), **options),
+        HalvedMGDA,
+        Dropped,
+    ],
+    ids=["_solve", "weighting", "mgda", "_held"],
+)
+def test_what_a_subclass_does_on_the_host_is_not_left_out(build):
+    with pytest.raises(ValueError, match=r"capturable must be None or False: .* on the host"):
+        build(capturable=True)
+    assert build()._why_on_host(2, None) is not None
+    # A subclass that only adds to what is called on the device, too, stays there.
+    assert type("Named", (fastmto.balancers.MGDA,), {"key": "named"})(capturable=True).capturable
+
+
+def test_heads_elsewhere_are_decided_about_on_the_host():
+    balancer = fastmto.get("nashmtl")
+    x, head = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    buffers = Buffers([x], [(0, head)], 2)
+    assert balancer._why_on_host(2, buffers) is None
+    buffers.heads = [(0, nn.Parameter(torch.zeros(2, device="meta")))]
+    assert "on another device" in balancer._why_on_host(2, buffers)
+
+
+@pytest.mark.parametrize("capturable", ["yes", 1, 0, torch.tensor(True)])
+def test_capturable_is_a_truth_value(capturable):
+    with pytest.raises(ValueError, match="capturable must be True, False or None, got"):
+        fastmto.get("nashmtl", capturable=capturable)
+    with pytest.raises(ValueError, match="capturable must be True, False or None, got"):
+        fastmto.get("pcgrad", capturable=capturable)
 
 
 def test_on_a_cpu_the_host_decides_unless_told_otherwise():
@@ -455,6 +531,124 @@ def test_compiled_training_makes_the_same_steps(key, capturable):
     assert sum("Balancer.backward" in why for why in reasons) == 1
     ours = ("fastmto.", "torch.autograd.grad", "Tensor.item", "grad_fn")
     assert not any(name in why for why in reasons for name in ours)
+
+
+class Recorder(TorchDispatchMode):
+    """The operations of a step, to be run again on the same memory as a CUDA graph runs them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for func, args, kwargs, out in self.calls:
+                again = func(*args, **kwargs)
+                for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+def recorded(balancer, x: nn.Parameter, rows) -> tuple[Recorder, Any, Tensor]:
+    """A step on losses whose gradients are `rows`; what it did, its Info and its gradient."""
+    with Recorder() as recorder:
+        info = linear(balancer, x, rows)
+    assert x.grad is not None
+    return recorder, info, x.grad
+
+
+def test_replays_share_the_weights_whatever_was_captured_last():
+    balancer = fastmto.get("nashmtl", 3, capturable=True)
+    x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    rows = torch.tensor([*REGULAR, [1.0, 1.0]], dtype=torch.float64)
+    linear(balancer, x, rows)
+    linear(balancer, x, [rows[0], rows[1], None])
+    all_three, info, _ = recorded(balancer, x, rows)
+    recorded(balancer, x, [rows[0], rows[1], None])
+    before = balancer.weights.clone()
+    rows.mul_(10.0)
+    all_three.replay()
+    assert torch.equal(balancer.weights, info.weights)
+    assert torch.equal(balancer.state_dict()["weights"], info.weights)
+    close(info.weights[:2], before[:2] / 10, rtol=0.5, atol=0)
+
+
+def test_a_step_between_captured_first_tells_the_weights_it_goes_by():
+    balancer = fastmto.get("nashmtl", capturable=True, update_weights_every=2)
+    x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    rows = torch.tensor(REGULAR, dtype=torch.float64)
+    for _ in range(3):
+        linear(balancer, x, rows)
+    between, told, grad = recorded(balancer, x, rows)
+    search, info, _ = recorded(balancer, x, rows)
+    assert told.gram is None
+    rows.mul_(10.0)
+    search.replay()
+    between.replay()
+    assert torch.equal(told.weights, info.weights)
+    assert torch.equal(told.weights, balancer.weights)
+    close(grad, info.weights @ rows, rtol=1e-12, atol=0)
+    # A state that is loaded, and a reset, reach replays as well.
+    other = fastmto.get("nashmtl", 2, capturable=True, update_weights_every=2)
+    linear(other, x, [[5.0, 1.0], [0.0, 3.0]])
+    for change, weights in (
+        (lambda: balancer.load_state_dict(other.state_dict()), other.weights.clone()),
+        (balancer.reset, None),
+    ):
+        change()
+        between.replay()
+        expected = told.weights if weights is None else weights
+        assert torch.equal(told.weights, expected)
+        close(grad, expected @ rows, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("change", ["another batch size", "load_state_dict", "reset", "tasks"])
+@pytest.mark.parametrize("captures", [True, False])
+def test_what_a_capture_used_outlives_the_next_buffers(change, captures, monkeypatch):
+    n_tasks = None if change == "tasks" else 2
+    balancer = fastmto.get("nashmtl", n_tasks, capturable=True, level="features")
+    w = nn.Parameter(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))
+
+    def step(batch_size: int, n_tasks: int = 2) -> None:
+        w.grad = None
+        z = torch.linspace(-1, 1, 3 * batch_size).view(batch_size, 3) @ w
+        balancer.backward([(z - k).square().sum() for k in range(n_tasks)], [w], [], features=z)
+
+    step(8)
+    with monkeypatch.context() as patch:
+        module = importlib.import_module("fastmto.balancers.gradient_balancer")
+        patch.setattr(module, "capturing", lambda device: captures)
+        step(8)
+        step(8)
+    buffers, search = balancer._buffers, balancer._device_search
+    used = [weakref.ref(x) for x in (buffers.gradients.rows[0], buffers._grams, search.weights)]
+    del buffers, search
+    if change == "load_state_dict":
+        balancer.load_state_dict(balancer.state_dict())
+    elif change != "another batch size":
+        balancer.reset()
+    step(5, 3 if change == "tasks" else 2)
+    gc.collect()
+    # The weights stay where they are unless there are others.
+    alive = [captures, captures, captures or change != "tasks"]
+    assert [x() is not None for x in used] == alive
+    assert len(balancer._captured) == 2 * captures
+    assert copy.deepcopy(balancer)._captured == []
+
+
+def test_weights_may_be_set():
+    for capturable in (True, False):
+        balancer = fastmto.get("nashmtl", capturable=capturable, update_weights_every=2)
+        x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        linear(balancer, x, REGULAR)
+        balancer.weights = torch.tensor([9.0, 4.0], dtype=torch.float64)
+        linear(balancer, x, REGULAR)
+        assert torch.equal(x.grad, torch.tensor([9.4, 9.8], dtype=torch.float64))
 
 
 def test_a_capture_reads_nothing_and_keeps_nothing(monkeypatch):

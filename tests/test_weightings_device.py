@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from samplers import gram
 from torch import Tensor
 
+import fastmto
 from fastmto import ops, weightings
 from fastmto.errors import SolverError
 from fastmto.solvers import STATUSES
@@ -80,6 +83,38 @@ def test_the_weights_are_those_of_a_call(weighting, kind):
 @pytest.mark.parametrize("weighting", NOT_THERE, ids=repr)
 def test_others_need_the_host(weighting):
     assert weighting.device_solver(2) is None
+
+
+def _overriding(weighting: Weighting, **methods) -> Weighting:
+    """The weighting as an instance of a subclass with these methods."""
+    changed = copy.deepcopy(weighting)
+    changed.__class__ = type("Changed", (type(weighting),), methods)
+    return changed
+
+
+@pytest.mark.parametrize("weighting", THERE, ids=repr)
+def test_a_subclass_with_another_call_needs_the_host(weighting):
+    assert _overriding(weighting).device_solver(2) is not None
+    assert _overriding(weighting, reset=lambda self: None).device_solver(2) is not None
+    steps = [x for x in ("__call__", "_solve", "_powers") if hasattr(weighting, x)]
+    for step in steps:
+        method = lambda self, *args: None  # noqa: E731
+        changed = _overriding(weighting, **{step: method})
+        assert changed.device_solver(2) is None
+        assert _overriding(changed).device_solver(2) is None
+        told = _overriding(changed, _device_solver=lambda self, n_tasks: print)
+        assert told.device_solver(2) is print
+
+
+def test_pub_does_not_go_past_a_subclass():
+    class Capped(NashMTL):
+        def __call__(self, gram: Tensor, tasks=None) -> Tensor:
+            return super().__call__(gram, tasks).clamp(max=0.1)
+
+    x = torch.nn.Parameter(torch.ones(2))
+    losses = [x.square().sum(), (x - 3).square().sum()]
+    with pytest.raises(ValueError, match=r"capturable .* Capped.* is found on the host"):
+        fastmto.PUB([x], [], weighting=Capped(), capturable=True).backward(losses)
 
 
 def test_the_ops_have_a_largest_number_of_tasks():

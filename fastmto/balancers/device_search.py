@@ -26,7 +26,7 @@ class Found:
         joint: (T,), what the tasks' gradients are multiplied by in this step: 0 for tasks that take
             no part, NaN where the step is not finite and a scaler is to find that.
         gram: (n, n) of the tasks that take part.
-        solution: (n,), the solver's, if it has one.
+        solution: (n,), the weighting's, if it has one.
         info: (4,), see `fastmto.weightings.Weighting.device_solver`.
         taken: whether the weights are the solver's, a boolean.
         poison: NaN where a scaler is to find that the step is not finite, else 1.
@@ -73,6 +73,7 @@ class DeviceSearch:
         self,
         gram: Tensor,
         active: Sequence[int],
+        settled: Sequence[int] = (),
         *,
         most_kappa: float,
         hold: Callable[[Tensor, Tensor], Tensor],
@@ -83,6 +84,7 @@ class DeviceSearch:
         Args:
             gram: (T, T).
             active: the n tasks that take part, increasing.
+            settled: where the last weights of some mean nothing, the tasks whose weights do.
             most_kappa: solutions of a larger kappa are not taken.
             hold: Gram matrix (n, n) and last weights (n,) -> the weights where none are found.
             heads_finite: whether the heads' gradients are finite, a boolean on the device; given
@@ -91,6 +93,10 @@ class DeviceSearch:
         everyone = len(active) == len(gram)
         index = None if everyone else self._indices(active, gram.device)
         last = self.weights
+        if settled:
+            known = self._indices(settled, gram.device)
+            means = torch.zeros_like(last, dtype=torch.bool).index_fill(0, known, True)
+            last = torch.where(means, last, last.index_select(0, known).mean())
         if index is not None:
             gram = gram.index_select(0, index).index_select(1, index)
             last = last.index_select(0, index)

@@ -77,18 +77,22 @@ class GradientBalancer(Balancer):
             `stats["held"]`) or "raise" SolverError before anything is written.
         capturable: once weights have been found, nothing that the device computes is read: a step
             waits for nothing and can be captured in a CUDA graph, after a few steps that were not.
-            `weights` is then a tensor on the device, `Info` and `stats` wait for it when they are
-            asked, and searches without an answer are counted, not warned about. None: on
-            accelerators, where the method can. That is where the weighting is solved on the device
-            (bargaining by "exact" from no earlier weights, MGDA without the losses, weights that
-            do not depend on the Gram matrix; at most 64 tasks), with on_failure="hold" and
-            on_nonfinite None or "ignore": a gradient that is not finite goes through. Not for
-            float16 with `update_weights_every` > 1, whose small weights have to be known.
+            `weights` is then a tensor on the device which every search writes to, `Info` and
+            `stats` wait for it when they are asked, and searches without an answer are counted,
+            not warned about; `Info` shows their Gram matrix as well, a status for every weighting,
+            and in `result` the weights as they are used. None: on accelerators, where the method
+            can. That is where the weighting is solved on the device (bargaining by "exact" from no
+            earlier weights, MGDA without the losses, weights that do not depend on the Gram matrix;
+            at most 64 tasks; a subclass that overrides a call or a search decides on the host),
+            with on_failure="hold" and on_nonfinite None or "ignore": without a scaler a gradient
+            that is not finite goes through. Not for float16 with `update_weights_every` > 1, whose
+            small weights have to be known, nor for heads on another device than what is shared.
 
     The `.grad` that `backward` leaves shows a buffer which the next step uses again: clone it to
     keep it. What is still in `.grad` when `backward` is called again is kept and added to; every
     call is a step of `update_weights_every`. A task whose first search is still to come is
-    searched for at once (capturable: once, whether weights are found then or not).
+    searched for at once (capturable: once, whether weights are found then or not); as long as there
+    are none for it, its weight is the mean of those found for others.
 
     Gradients are taken by `torch.autograd.grad`: hooks that wait for an accumulated gradient do
     not fire, and nothing is reduced between the processes of a DistributedDataParallel model,
@@ -96,10 +100,17 @@ class GradientBalancer(Balancer):
     depend on the losses' scale would undo it.
 
     What `on_nonfinite` looks at: the losses, the tasks' gradients in a search, the joint gradient
-    between two searches; not the heads' gradients. With a scaler a search always looks at all
-    gradients, and where one is not finite `.grad` holds NaN and weights and state stay; between
-    two searches, on accelerators or if `on_nonfinite="ignore"`, a step that the scaler skips
-    counts for `update_weights_every`.
+    between two searches; not the heads' gradients. With a scaler a search always looks at the
+    tasks' and the heads' gradients, and where one is not finite `.grad` holds NaN and the weights
+    stay, and so does all other state where the host decides. What overflows later, in the joint
+    gradient or on its way from the features, is found by the scaler alone: weights and state have
+    moved by then. Steps that the scaler skips count for `update_weights_every` wherever the host
+    does not look: capturable, between two searches on accelerators, or if `on_nonfinite="ignore"`
+    there.
+
+    CUDA graphs that were captured go by the weights of the last search, whichever graph or eager
+    step made it, and by those of `reset` and `load_state_dict`. The balancer keeps the memory that
+    they use as long as it lives. Capture again for other tensors or tasks.
 
     Raises:
         ValueError: an argument out of range.
@@ -203,6 +214,9 @@ class GradientBalancer(Balancer):
             status = error.status
             self._counted["held"] += 1
             warn(f"weights held: {error} (stats['held'])")
+            settled = self._settled(active)
+            if settled:
+                weights[[i for i in active if i not in settled]] = weights[settled].mean()
             weights = self._held(buffers, active, weights)
             buffers.combine(buffers.task_rows, _only(active, weights))
         else:
@@ -211,6 +225,12 @@ class GradientBalancer(Balancer):
         self.weights = weights
         result = None if gram is None else self._result()
         return Info(weights, self.names, gram, result, status), self._head_weights(batch)
+
+    def _settled(self, active: list[int]) -> list[int]:
+        """The tasks with weights of a search, if there are such and active ones without: those
+        stand with the mean of these until they are given one, as their initial weight is of no
+        known scale."""
+        return sorted(self._searched) if not self._searched.issuperset(active) else []
 
     def _between(self, batch: Batch, buffers: Buffers) -> tuple[Tensor, Info]:
         """A step without a search: one backward of the weighted losses."""
@@ -549,14 +569,16 @@ class GramBalancer(GradientBalancer):
         found = search(
             buffers.gram(),
             active,
+            self._settled(active),
             most_kappa=MOST_KAPPA if buffers.narrow else math.inf,
             hold=self._hold,
             heads_finite=buffers.finite_heads() if scaled else None,
         )
         buffers.combine(buffers.task_rows, found.joint)
-        self._searched.update(active)
         if not self._found and not capturing(buffers.device):
             self._found = bool(found.taken)  # a search a step until there are weights
+        if self._found:
+            self._searched.update(active)
         info = Info(found.weights, self.names, found.gram, found.result)
         factors = self._head_weights(batch)
         if scaled:
