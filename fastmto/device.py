@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
@@ -50,11 +51,18 @@ def tell_compiler() -> None:
         setattr(owner, name, disable(method, reason="it keeps books in Python"))
 
 
+def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A context in which a GPU is torch's current one; it costs little where it is already."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured on the device's current stream."""
     if device.type != "cuda":
         return False
-    with torch.cuda.device(device):
+    with current(device):
         return torch.cuda.is_current_stream_capturing()
 
 

@@ -1,6 +1,9 @@
 """The ops on GPUs: checks, then Triton kernels. Semantics: ops/__init__.py.
 
-Every pass is one launch; with Clippy a search is three: sigma is filled, then lowered, then used.
+Every pass is one launch, but for two: with Clippy a search is three, as sigma is filled, then
+lowered, then used; and delayed is search, then apply, from T = 65 on (17 in float64, 33 where every
+task keeps its own moments).
+
 The checks look at shapes, dtypes, strides and devices only: nothing here reads the device's memory,
 so no call waits for it. What `segments` says is taken as it is.
 
@@ -71,7 +74,7 @@ def _check_grads(grads: Tensor) -> None:
     _check_rows("grads", grads)
     if grads.dtype not in GRAD_DTYPES:
         raise ValueError(f"grads must be one of {GRAD_DTYPES}, got {grads.dtype}")
-    if len(grads) == 0:
+    if grads.shape[0] == 0:
         raise ValueError("grads must have at least one row, got shape (0, P)")
 
 
@@ -105,10 +108,10 @@ def _check_sigma(grads: Tensor, segments: Tensor | None, sigma: Tensor | None) -
     if segments is None or sigma is None:
         missing = "segments" if segments is None else "sigma"
         raise ValueError(f"{missing} must be given with Clippy, got None")
-    if segments.dim() != 1 or len(segments) < 2:
+    if segments.dim() != 1 or segments.shape[0] < 2:
         raise ValueError(f"segments must have shape (S + 1,), got {tuple(segments.shape)}")
-    _check("segments", segments, (len(segments),), torch.int64, grads)
-    _check("sigma", sigma, (len(grads), len(segments) - 1), torch.float64, grads)
+    _check("segments", segments, (segments.shape[0],), torch.int64, grads)
+    _check("sigma", sigma, (grads.shape[0], segments.shape[0] - 1), torch.float64, grads)
 
 
 def _check_clippy(clippy: Sequence[float]) -> None:
@@ -118,13 +121,13 @@ def _check_clippy(clippy: Sequence[float]) -> None:
 
 def _check_apply(grads: Tensor, params: Tensor, weights: Tensor, skip: Tensor | None) -> None:
     _check("params", params, (grads.shape[1],), grads.dtype, grads)
-    _check("weights", weights, (len(grads),), torch.float64, grads)
+    _check("weights", weights, (grads.shape[0],), torch.float64, grads)
     if skip is not None:
         _check("skip", skip, (1,), torch.int32, grads)
 
 
 def _check_gram(grads: Tensor, gram: Tensor) -> None:
-    _check("gram", gram, (len(grads), len(grads)), torch.float64, grads)
+    _check("gram", gram, (grads.shape[0], grads.shape[0]), torch.float64, grads)
 
 
 def search(
@@ -236,7 +239,7 @@ def gram(grads: Tensor, gram: Tensor) -> None:
 def combine(grads: Tensor, weights: Tensor, out: Tensor) -> None:
     """out <- sum_i weights_i g_i."""
     _check_grads(grads)
-    _check("weights", weights, (len(grads),), torch.float64, grads)
+    _check("weights", weights, (grads.shape[0],), torch.float64, grads)
     _check("out", out, (grads.shape[1],), grads.dtype, grads)
     triton_combine.combine(grads, weights, out)
 
@@ -258,7 +261,7 @@ def perturb(
 
 def clock(hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found: Tensor) -> None:
     """numbers <- those of the next step."""
-    rows = len(counts)
+    rows = counts.shape[0]
     _check("counts", counts, (rows,), torch.int64, counts)
     _check("hyper", hyper, (rows, len(Hyper._fields)), torch.float64, counts)
     _check("active", active, (rows,), torch.int32, counts)
@@ -269,7 +272,7 @@ def clock(hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found:
 
 def advance(counts: Tensor, active: Tensor, found: Tensor, tally: Tensor) -> None:
     """counts and tally go on by one step."""
-    rows = len(counts)
+    rows = counts.shape[0]
     _check("counts", counts, (rows,), torch.int64, counts)
     _check("active", active, (rows,), torch.int32, counts)
     _check("found", found, (1,), torch.int32, counts)
@@ -307,7 +310,7 @@ def bargaining(
     """weights <- the a > 0 with a_i (gram a)_i = preference_i."""
     _check_solve(gram, weights, info)
     if preference is not None:
-        _check("preference", preference, (len(gram),), torch.float64, gram)
+        _check("preference", preference, (gram.shape[0],), torch.float64, gram)
     triton_bargaining.bargaining(gram, weights, info, preference=preference, tol=tol, ridge=ridge)
 
 

@@ -51,9 +51,8 @@ def end_of_writes(skip, P):
 
 
 @triton.jit
-def move(theta, offsets, mask, joint, numbers, R: tl.constexpr, DTYPE):
+def move(theta, offsets, mask, joint, lr, decay, DTYPE):
     """The parameters' step, given joint = sum_i a_i u_i."""
-    lr, decay = rates(numbers, R, DTYPE)
     old = tl.load(theta + offsets, mask=mask, other=0.0).to(DTYPE)
     new = old - (decay * old + lr * joint)
     tl.store(theta + offsets, new.to(theta.dtype.element_ty), mask=mask)
@@ -112,7 +111,8 @@ def apply_kernel(
                 grads, s0, s1, s2, numbers, moved, stride, q0, q1, q2, weights, sigma, S,
                 i, offsets, owner, joint, g, state, c, KIND, PER_TASK, DTYPE,
             )  # fmt: skip
-    move(theta, offsets, offsets < moved, joint, numbers, T if PER_TASK else 1, DTYPE)
+    lr, decay = rates(numbers, T if PER_TASK else 1, DTYPE)
+    move(theta, offsets, offsets < moved, joint, lr, decay, DTYPE)
     if not PER_TASK:
         _u, new = advance(g, state, c, KIND)
         store_state(s0, s1, s2, (0, 0, 0), offsets, offsets < moved, new, KIND)

@@ -141,7 +141,7 @@ def clock(hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found:
         active,
         numbers,
         found,
-        len(counts),
+        counts.shape[0],
         BLOCK=LANES.block,
     )
 
@@ -158,7 +158,7 @@ def advance(counts: Tensor, active: Tensor, found: Tensor, tally: Tensor) -> Non
         active,
         found,
         tally,
-        len(counts),
+        counts.shape[0],
         BLOCK=LANES.block,
     )
 

@@ -215,7 +215,7 @@ def perturb(
     grid = (programs_for(size, tiling),)
     constants = {"DTYPE": working_type(params), "BLOCK": tiling.block}
     head = params, out, scale
-    sizes = size, len(out), out.stride(0)
+    sizes = size, out.shape[0], out.stride(0)
     if seed is None:
         assert direction is not None
         along = direction.stride(0) if direction.dim() == 2 else 0

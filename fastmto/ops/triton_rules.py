@@ -8,7 +8,8 @@ tuple of blocks in the order of `rule.state_names`, its coefficients as a tuple 
     kind 2  RMSProp    (v,)        kind 5  RMSProp, centered with momentum  (v, b, q)
     kind 6  no rule: u = g, no state; coefficients are not looked at
 
-Division and root are the GPU's fast float32 ones (2 ulp); in float64 they round correctly.
+Division and root are the GPU's fast float32 ones (2 ulp; on NVIDIA the root of a subnormal number
+is 0, which does not show beside an eps far above 1e-19); in float64 they round correctly.
 """
 
 # Triton's language is not Python's: kernels carry no types for mypy, tuples grow by concatenation.

@@ -24,9 +24,15 @@ Two formulations of the Gram:
             is read N + 1 times.
 
 Precision and order: lanes accumulate `FLUSH` blocks in the working precision, then join a float64
-sum of the program. Every program writes its sum to a workspace of O(programs T^2); the program
-that arrives last adds them up by their number, so which one that is does not show in the bits.
-The arrival counter is an integer and is set back by the same program.
+sum of the program. Every program writes its sum to a workspace, T (T+1) / 2 numbers (or the next
+power of 2) of a program with pairs, TILE^2 of a program and pair of tiles else; the program that
+arrives last adds them up by their number, so which one that is does not show in the bits. The
+arrival counter is an integer and is set back by the same program.
+
+What that costs: after all others have ended, one program reads all sums of its pair alone. With 132
+multiprocessors these are 2.2 MB at T = 32 and 4.3 MB at T = 64 in float32, up to 0.3 MB with pairs,
+through one multiprocessor: little beside the pass where P is large, but not where T is large and P
+is not. Sums in two levels would spread it.
 """
 
 # Triton's language is not Python's: kernels carry no types for mypy, tuples grow by concatenation.
@@ -35,6 +41,7 @@ The arrival counter is an integer and is set back by the same program.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +51,16 @@ from torch import Tensor
 
 from .triton_apply import apply, end_of_writes, move
 from .triton_clippy import owners, shrunk, steps_for
-from .triton_launch import Tiling, launch, processors, programs_for, working_type, workspace
+from .triton_launch import (
+    Tiling,
+    lanes,
+    launch,
+    processors,
+    programs_for,
+    waiting,
+    working_type,
+    workspace,
+)
 from .triton_rules import (
     ACTIVE,
     NO_RULE,
@@ -53,6 +69,7 @@ from .triton_rules import (
     coefficients,
     is_per_task,
     load_state,
+    rates,
     row_starts,
     store_state,
     streams,
@@ -65,7 +82,9 @@ MAX_SUMMED = 4096
 
 
 @triton.jit
-def sum_up(partial, arrived, total, index, LENGTH: tl.constexpr, ROWS: tl.constexpr):
+def sum_up(
+    partial, arrived, total, index, LENGTH: tl.constexpr, ROWS: tl.constexpr, WAIT: tl.constexpr
+):
     """Hand in this program's `total` (LENGTH,); the sum over programs, for the last one only.
 
     Returns:
@@ -75,6 +94,11 @@ def sum_up(partial, arrived, total, index, LENGTH: tl.constexpr, ROWS: tl.conste
     programs = tl.num_programs(0)
     tl.store(partial + program.to(tl.int64) * LENGTH + index, total)
     # Every thread's store must come before the arrival that publishes it.
+    if WAIT is not None:
+        # There the barrier does not wait for the stores of other waves.
+        tl.inline_asm_elementwise(
+            WAIT, "=v,v,~{memory}", [program], dtype=tl.int32, is_pure=False, pack=1
+        )
     tl.debug_barrier()
     is_last = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == programs - 1
     result = tl.zeros((LENGTH,), tl.float64)
@@ -148,6 +172,7 @@ def search_pairs(
     FLUSH: tl.constexpr,
     LENGTH: tl.constexpr,  # T (T+1) / 2 or the next power of 2
     ROWS: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """gram_ij over pairs i >= j, number i (i+1) / 2 + j of LENGTH."""
     program = tl.program_id(0)
@@ -169,6 +194,7 @@ def search_pairs(
             if PER_TASK:
                 a_i = tl.where(tl.load(numbers + i * WIDTH + ACTIVE) != 0, a_i, 0.0)
             a = a + (a_i.to(DTYPE),)
+        lr, decay = rates(numbers, T if PER_TASK else 1, DTYPE)
     for first in range(0, turns, FLUSH):
         pairs = ()
         for _k in tl.static_range(T * (T + 1) // 2):
@@ -200,13 +226,13 @@ def search_pairs(
                     summed = summed + (pairs[i * (i + 1) // 2 + j] + us[i] * us[j],)
             pairs = summed
             if APPLY:
-                move(theta, offsets, offsets < end, joint, numbers, T if PER_TASK else 1, DTYPE)
+                move(theta, offsets, offsets < end, joint, lr, decay, DTYPE)
                 if not PER_TASK:
                     _u, new = advance(g, state, c, KIND)
                     store_state(s0, s1, s2, (0, 0, 0), offsets, offsets < end, new, KIND)
         for k in tl.static_range(T * (T + 1) // 2):
             total += tl.where(index == k, tl.sum(pairs[k], axis=0).to(tl.float64), 0.0)
-    is_last, result = sum_up(partial, arrived, total, index, LENGTH, ROWS)
+    is_last, result = sum_up(partial, arrived, total, index, LENGTH, ROWS, WAIT)
     if is_last:
         row = tl.zeros((LENGTH,), tl.int32)
         for k in tl.static_range(1, T):
@@ -270,6 +296,7 @@ def search_tiles(
     FLUSH: tl.constexpr,
     LENGTH: tl.constexpr,  # TILE TILE
     ROWS: tl.constexpr,
+    WAIT: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """gram's tile (i, j), i >= j, is number i (i+1) / 2 + j of the grid's second axis."""
@@ -294,6 +321,7 @@ def search_tiles(
             takes_part = tl.load(numbers + row_i * WIDTH + ACTIVE, mask=row_i < T, other=0.0)
             a = tl.where(takes_part != 0, a, 0.0)
         a = a.to(DTYPE)
+        lr, decay = rates(numbers, T if PER_TASK else 1, DTYPE)
     turns = tl.cdiv(tl.cdiv(P, BLOCK), programs).to(tl.int32)
     total = tl.zeros((TILE, TILE), tl.float64)
     for first in range(0, turns, FLUSH):
@@ -322,7 +350,7 @@ def search_tiles(
             if APPLY:
                 valid = offsets < end
                 joint = tl.sum(tl.where(a != 0, a * u_i, 0.0), axis=0, keep_dims=True)
-                move(theta, offsets, valid, joint, numbers, T if PER_TASK else 1, DTYPE)
+                move(theta, offsets, valid, joint, lr, decay, DTYPE)
                 if PER_TASK:
                     starts = row_starts(row_i, q0, q1, q2)
                     store_state(s0, s1, s2, starts, offsets, mask & valid, new, KIND)
@@ -339,6 +367,7 @@ def search_tiles(
         index,
         LENGTH,
         ROWS,
+        WAIT,
     )
     if is_last:
         row = tile_i * TILE + index // TILE
@@ -349,6 +378,7 @@ def search_tiles(
         tl.store(gram + column * T + row, result, mask=lower)
 
 
+@functools.cache
 def tiling_for(
     n_tasks: int,
     double: bool,
@@ -356,13 +386,16 @@ def tiling_for(
     n_processors: int,
     per_task: bool = False,
     clipped: bool = False,
+    n_lanes: int = 32,
 ) -> Tiling:
     """The default tiling.
 
     Pairs keep T (T+1) / 2 accumulators and about 2 T values a coordinate in registers, so a
     thread takes fewer coordinates the more tasks there are and the more is done with them, and the
-    grid holds as many programs as the registers leave room for. Tiles wait in shared memory, those
-    of the moments too where every task keeps its own.
+    grid holds as many programs as the registers leave room for. No block of pairs is smaller than
+    its program's threads, `n_lanes` a warp: else several would hold one coordinate, and with apply
+    one could read what another has already written. Tiles wait in shared memory, those of the
+    moments too where every task keeps its own.
     """
     heavy = with_apply or per_task or clipped
     if n_tasks > MAX_PAIRS_T:
@@ -371,10 +404,14 @@ def tiling_for(
         block = 32 if double or per_task or clipped else 64
         if (per_task and double) or (heavy and n_tasks > tile):
             block = 16
+        n_tiles = -(-n_tasks // tile)
+        n_pairs = n_tiles * (n_tiles + 1) // 2
+        # Many pairs fill the GPU with few programs each; more would only be more to add up.
+        programs = 8 // warps * n_processors
         return Tiling(
             block,
             warps,
-            programs=8 // warps * n_processors,
+            programs=min(programs, -(-4 * programs // n_pairs)),
             registers=255,
             flush=64,
             tile=tile,
@@ -388,9 +425,13 @@ def tiling_for(
     else:
         block = 512
     shared_by, registers = (4, 128) if n_tasks <= (2 if clipped else 3) else (2, 255)
+    if double:
+        block //= 2
+    warps = min(4, block // n_lanes)
     return Tiling(
-        block // 2 if double else block,
-        programs=shared_by * n_processors,
+        block,
+        warps,
+        programs=shared_by * (4 // warps) * n_processors,
         registers=registers,
         flush=32,
     )
@@ -408,6 +449,7 @@ def constants_for(tiling: Tiling, n_tasks: int, with_apply: bool) -> dict[str, A
         "FLUSH": tiling.flush,
         "LENGTH": length,
         "ROWS": max(1, MAX_SUMMED // length),
+        "WAIT": waiting(),
         **({} if tile is None else {"TILE": tile}),
     }
 
@@ -460,12 +502,13 @@ def _default(
     grads: Tensor, state: Sequence[Tensor], with_apply: bool, sigma: Tensor | None = None
 ) -> Tiling:
     return tiling_for(
-        len(grads),
+        grads.shape[0],
         grads.element_size() == 8,
         with_apply,
         processors(grads.device),
         is_per_task(state),
         sigma is not None,
+        lanes(),
     )
 
 
@@ -521,9 +564,10 @@ def delayed(
     `gram` are written.
     """
     used = _default(grads, state, True, sigma) if tiling is None else tiling
-    tile = used.tile or len(grads)
+    n_tasks = grads.shape[0]
+    tile = used.tile or n_tasks
     rows, moved = (kind, numbers, grads, state), (params, weights)
-    if len(grads) > tile or (tile > 32 and is_per_task(state)):
+    if n_tasks > tile or (tile > 32 and is_per_task(state)):
         search(*rows, gram, segments=segments, sigma=sigma, tiling=tiling)
         apply(*rows, *moved, segments=segments, sigma=sigma, skip=skip)
         return
