@@ -172,7 +172,7 @@ class BalancerWeighting(AbsWeighting):
         if self._max_norm > 0 and self.info.skipped is None:
             torch.nn.utils.clip_grad_norm_(shared, self._max_norm)
         assert self.balancer.weights is not None
-        return self.balancer.weights.to("cpu", torch.float64).numpy()
+        return self.balancer.weights.to("cpu", torch.float64, copy=True).numpy()
 
     def update_w(self, losses: Tensor) -> None:
         """The losses after the step, for the methods with `update`, as LibMTL's FAMO has it."""
