@@ -290,7 +290,15 @@ def test_an_optimizer_for_every_part_skips_as_well(case, why):
         elif last and why == "gradient":
             losses[0] = losses[0] + (scaled.z - scaled.z.detach()).sum() * 2.0**120
         before = [[p.detach().clone() for p in part] for part in parts]
-        _, info = scaled.backward(losses, step)
+        arguments = scaled.arguments(step)
+        heads = map(iter, arguments.pop("task_specific_parameters"))  # as `module.parameters()`
+        _, info = scaled.balancer.backward(
+            losses,
+            **arguments,
+            task_specific_parameters=list(heads),
+            features=scaled.z,
+            scaler=scaled.scaler,
+        )
         for optimizer in optimizers:
             scaled.scaler.step(optimizer)
         scaled.scaler.update()

@@ -49,6 +49,8 @@ class Batch:
         features: the shared representation, one tensor or several in a list; None if not given.
         closure: recomputes the losses; None where not given.
         seed: the scale of a GradScaler, a scalar on the losses' device; None without one.
+        listed: what gradients are compared at, and the heads' parameters with their tasks, once
+            somebody looked: the iterables given may be gone through once only.
     """
 
     values: list[Tensor | None]
@@ -58,6 +60,7 @@ class Batch:
     features: list[Tensor] | None
     closure: Callable[[], Losses] | None
     seed: Tensor | None = None
+    listed: tuple[list[Tensor], list[tuple[int | None, Tensor]]] | None = None
 
     def __post_init__(self) -> None:
         self.tasks = [i for i, value in enumerate(self.values) if value is not None]

@@ -91,7 +91,7 @@ class Buffers:
         gradients of this call are `seed` times too large, if there is one."""
         self._inputs = list(inputs)
         self._trunk = trunk
-        self._seed = seed
+        self.seed = seed
         self._targets = [inputs[k] for k in self._order]
         self.gradients.rebind(self._targets)
 
@@ -100,7 +100,7 @@ class Buffers:
         for rows, out in zip(self.task_rows, self._grams, strict=True):
             ops.gram(rows, out)
         gram = self._grams.sum(dim=0)
-        return gram if self._seed is None else gram / self._seed.double().square()
+        return gram if self.seed is None else gram / self.seed.double().square()
 
     def host_gram(self, active: Sequence[int]) -> Tensor:
         """`gram` of the active tasks (n, n), on the CPU."""

@@ -93,7 +93,6 @@ class DBMTL(GradientBalancer):
         self._count += 1
         beta = self.beta / self._count**self.decay
         squares = torch.zeros(len(active), dtype=torch.float64)
-        self._seed = batch.seed
         for rows, smoothed in zip(buffers.task_rows, self._smoothed, strict=True):
             if batch.seed is not None:
                 rows /= batch.seed
@@ -110,9 +109,9 @@ class DBMTL(GradientBalancer):
         factors = torch.zeros_like(weights)
         factors[active] = self._factors
         buffers.combine(self._smoothed, factors)
-        if self._seed is not None:
+        if buffers.seed is not None:
             for row in buffers.joint_rows:
-                row *= self._seed
+                row *= buffers.seed
 
     def _head_weights(self, batch: Batch) -> list[float]:
         assert self.weights is not None

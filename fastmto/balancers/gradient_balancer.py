@@ -97,7 +97,9 @@ class GradientBalancer(Balancer):
     Gradients are taken by `torch.autograd.grad`: hooks that wait for an accumulated gradient do
     not fire, and nothing is reduced between the processes of a DistributedDataParallel model,
     about which a warning is given. With a GradScaler give losses as they are: weights that do not
-    depend on the losses' scale would undo it.
+    depend on the losses' scale would undo it. A `state_dict` does not say whose the heads are where
+    the graph was walked for them: the first steps after it is loaded find out again, by a backward
+    a task.
 
     What `on_nonfinite` looks at: the losses, the tasks' gradients in a search, the joint gradient
     between two searches; not the heads' gradients. With a scaler a search always looks at the
@@ -374,6 +376,8 @@ class GradientBalancer(Balancer):
 
     def _listed(self, batch: Batch) -> tuple[list[Tensor], list[Head]]:
         """What the call's gradients are compared at, and its task-specific parameters."""
+        if batch.listed is not None:
+            return batch.listed
         assert self.weights is not None
         name = self._shared_name
         inputs = batch.features if name == "features" else batch.shared
@@ -393,7 +397,8 @@ class GradientBalancer(Balancer):
             known = [(i, p) for i, p in old.heads if p.requires_grad]
             ids = {id(p) for _, p in known}
             heads = known + [(i, p) for i, p in heads if id(p) not in ids]
-        return inputs, heads
+        batch.listed = inputs, heads
+        return batch.listed
 
     def _buffers_for(self, batch: Batch) -> Buffers:
         """The buffers for the tensors of this call: those of the last one if they fit."""
