@@ -85,6 +85,16 @@ def test_others_need_the_host(weighting):
     assert weighting.device_solver(2) is None
 
 
+def test_hyperparameters_may_be_changed():
+    weighting, matrix = NashMTL(ridge=0.1), torch.eye(5, dtype=torch.float64)
+    solve = weighting.device_solver(5)
+    for name, value in (("max_norm", 0.1), ("ridge", 1.0), ("max_norm", None)):
+        setattr(weighting, name, value)
+        weights, info = torch.zeros(5, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+        solve(matrix, weights, info, None)
+        assert torch.equal(weights, weighting(matrix))
+
+
 def _overriding(weighting: Weighting, **methods) -> Weighting:
     """The weighting as an instance of a subclass with these methods."""
     changed = copy.deepcopy(weighting)

@@ -82,12 +82,12 @@ class Bargaining(SolverWeighting):
     def _device_solver(self, n_tasks: int) -> DeviceSolver | None:
         if self.method != "exact" or self.warm_start or n_tasks > ops.MAX_SOLVED_TASKS:
             return None
-        constants, tol, ridge = Constants(torch.float64), self.tol, self.ridge
+        constants = Constants(torch.float64)
 
         def solve(gram: Tensor, weights: Tensor, info: Tensor, tasks: Sequence[int] | None) -> None:
             powers = self._powers(gram, tasks)
             there = None if powers is None else constants(powers.tolist(), gram.device)
-            ops.bargaining(gram, weights, info, preference=there, tol=tol, ridge=ridge)
+            ops.bargaining(gram, weights, info, preference=there, tol=self.tol, ridge=self.ridge)
 
         return solve
 

@@ -52,10 +52,9 @@ class MGDA(SolverWeighting):
     def _device_solver(self, n_tasks: int) -> DeviceSolver | None:
         if n_tasks > ops.MAX_SOLVED_TASKS:
             return None
-        cosines = self.normalization == "l2"
 
         def solve(gram: Tensor, weights: Tensor, info: Tensor, tasks: Sequence[int] | None) -> None:
-            ops.mgda(_cosines(gram) if cosines else gram, weights, info)
+            ops.mgda(gram if self.normalization == "none" else _cosines(gram), weights, info)
 
         return solve
 

@@ -99,15 +99,16 @@ class NashMTL(Bargaining):
         return weights if length <= self.max_norm else weights * (self.max_norm / length)
 
     def _device_solver(self, n_tasks: int) -> DeviceSolver | None:
-        solve, max_norm = super()._device_solver(n_tasks), self.max_norm
-        if solve is None or max_norm is None or self._clips_before:
-            return solve
+        solve = super()._device_solver(n_tasks)
+        if solve is None:
+            return None
 
         def clipped(
             gram: Tensor, weights: Tensor, info: Tensor, tasks: Sequence[int] | None
         ) -> None:
             solve(gram, weights, info, tasks)
-            weights.mul_((max_norm / joint_length(gram, weights)).clamp(max=1.0))
+            if self.max_norm is not None and not self._clips_before:
+                weights.mul_((self.max_norm / joint_length(gram, weights)).clamp(max=1.0))
 
         return clipped
 
