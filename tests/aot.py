@@ -19,6 +19,7 @@ import generated_code
 import torch
 import triton
 import triton.language as tl
+from ahead_of_time import WHOLE
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -29,8 +30,6 @@ from fastmto.rules import AdaGrad, Adam, RMSProp, Rule
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 #: Coordinates and row stride, a multiple of 16, as FlatParameters makes them.
 NUMEL = 4096
-#: The GPU that every configuration is compiled for; for the others it is those that differ most.
-WHOLE = "cuda:90"
 #: Kernels' names of memory with P elements or more.
 STREAMS = ("grads", "s0", "s1", "s2", "theta", "out", "direction")
 single, half, double = torch.float32, torch.bfloat16, torch.float64
@@ -84,13 +83,20 @@ def described_cuda(made: Any) -> dict[str, Any]:
 
 
 def described_hip(made: Any) -> dict[str, Any]:
-    """Registers and scratch memory of a kernel, and how often it forms an address in 32 bits."""
+    """Registers and scratch memory of a kernel, how often it forms an address in 32 bits, and the
+    order of what moves and waits for memory."""
     code = made.asm["amdgcn"]
     numbers = {name: int(n) for name, n in re.findall(r"\.(\w+):\s+(\d+)$", code, re.MULTILINE)}
     return {
         "registers": numbers["vgpr_count"],
         "spilled": numbers["private_segment_fixed_size"],
         "narrow": len(re.findall(r"\bbuffer_(?:load|store)", code)),
+        "order": re.findall(
+            r"^\s*((?:buffer|global)_(?:store|atomic)\S*|s_barrier|buffer_wbl2|"
+            r"s_waitcnt .*\bvmcnt\(0\))",
+            code,
+            re.MULTILINE,
+        ),
     }
 
 
@@ -165,9 +171,9 @@ def compile_controls(record: Recorder) -> None:
 
 
 def compile_without_a_rule(record: Recorder, whole: bool) -> None:
-    grams = [(single, 2), (single, 8), (single, 32), (half, 8)]
+    grams = [(single, 8), (single, 32)]
     if whole:
-        grams += [*((single, n) for n in (1, 3, 64)), (half, 2), (double, 2), (double, 8)]
+        grams += [*((single, n) for n in (1, 2, 3, 64)), (half, 2), (half, 8), (double, 8)]
     for dtype, n_tasks in grams:
         record.case = f"gram {dtype} T={n_tasks}"
         gpu.gram(
@@ -216,16 +222,17 @@ def compile_control(record: Recorder) -> None:
 
 
 def compile_solvers(record: Recorder, whole: bool) -> None:
-    for n_tasks in (8, 32, 64) if whole else (32, 64):
+    for n_tasks in (8, 32, 64) if whole else (32,):
         gram, weights = torch.eye(n_tasks, dtype=double), torch.ones(n_tasks, dtype=double)
         info = torch.zeros(4, dtype=double)
-        if whole:
+        if n_tasks == 8:
             record.case = f"bargaining T={n_tasks}"
             gpu.bargaining(gram, weights, info)
-        record.case = f"bargaining T={n_tasks} preference"
-        gpu.bargaining(gram, weights, info, preference=torch.ones(n_tasks, dtype=double))
-        record.case = f"mgda T={n_tasks}"
-        gpu.mgda(gram, weights, info)
+        else:
+            record.case = f"bargaining T={n_tasks} preference"
+            gpu.bargaining(gram, weights, info, preference=torch.ones(n_tasks, dtype=double))
+            record.case = f"mgda T={n_tasks}"
+            gpu.mgda(gram, weights, info)
 
 
 def gpu_numbers(rule: Rule, rows: int) -> Tensor:
@@ -234,35 +241,42 @@ def gpu_numbers(rule: Rule, rows: int) -> Tensor:
 
 def compile_rules(record: Recorder, whole: bool) -> None:
     adam, adagrad, rmsprop = Adam(), AdaGrad(), RMSProp(momentum=0.9, centered=True)
-    every = ("search", "delayed", "apply")
+    search, delayed, moved = ("search",), ("delayed",), ("apply",)
+    every = (*search, *delayed, *moved)
     configurations: list[tuple[str, torch.dtype, int, Rule, tuple[str, ...]]] = [
         ("", single, 2, adam, every),
-        ("", single, 8, adam, every),
+        ("", single, 8, adam, search + delayed),
         ("", single, 32, adam, every),
-        ("", half, 2, adam, every),
-        ("adatask", single, 2, adam, every),
-        ("adatask", single, 8, adam, every),
-        ("clippy", single, 2, adam, every),
-        ("clippy", single, 8, adam, every[:1]),
-        ("both", half, 2, adam, every[1:2]),
+        ("", double, 16, adam, delayed),
+        ("adatask", single, 8, adam, delayed + moved),
+        ("clippy", single, 2, adam, moved),
+        ("clippy", single, 8, adam, search),
+        ("both", half, 2, adam, delayed),
     ]
     if whole:
         configurations += [
-            ("", single, 3, adam, every[:2]),
-            ("", single, 128, adam, every[:1]),
-            *(("", single, 2, rule, every) for rule in (adagrad, RMSProp(), rmsprop)),
-            ("", half, 8, adam, every[:2]),
-            ("", double, 2, adam, every),
-            ("", double, 8, adam, every[1:2]),
-            ("adatask", single, 32, adam, every[:1]),
-            ("adatask", half, 2, adam, every[:1]),
-            ("adatask", double, 2, adam, every[1:2]),
-            ("clippy", single, 8, adam, every[1:]),
-            ("clippy", single, 32, adam, every[:1]),
-            ("clippy", single, 2, rmsprop, every),
-            ("clippy", half, 2, adam, every),
-            ("clippy", double, 2, adam, every[1:2]),
-            ("both", single, 2, adam, every),
+            ("", single, 3, adam, delayed),
+            ("", single, 8, adam, moved),
+            ("", single, 64, adam, delayed),
+            ("", single, 128, adam, search),
+            *(("", single, 2, rule, delayed) for rule in (adagrad, RMSProp())),
+            ("", single, 2, rmsprop, delayed + moved),
+            ("", half, 2, adam, every),
+            ("", half, 8, adam, delayed),
+            ("", half, 16, adam, delayed),
+            ("", double, 2, adam, search + moved),
+            ("", double, 8, adam, delayed),
+            ("adatask", single, 2, adam, every),
+            ("adatask", single, 32, adam, search),
+            ("adatask", half, 2, adam, search),
+            ("adatask", double, 2, adam, delayed),
+            ("clippy", single, 2, adam, delayed),
+            ("clippy", single, 8, adam, delayed),
+            ("clippy", single, 32, adam, search),
+            ("clippy", single, 2, rmsprop, delayed),
+            ("clippy", half, 2, adam, search),
+            ("clippy", double, 2, adam, delayed),
+            ("both", single, 2, adam, moved),
         ]
     for modifier, dtype, n_tasks, rule, passes in configurations:
         for name in passes:
@@ -270,21 +284,36 @@ def compile_rules(record: Recorder, whole: bool) -> None:
             compile_pass(name, dtype, n_tasks, rule, modifier)
 
 
-def compile_pass(name: str, dtype: torch.dtype, n_tasks: int, rule: Rule, modifier: str) -> None:
+def compile_one_coordinate(record: Recorder) -> None:
+    """One coordinate in one tensor: nothing to bisect, and sizes that Triton may make constants."""
+    for n_tasks in (2, 9):
+        record.case = f"one T={n_tasks}"
+        compile_pass("delayed", single, n_tasks, Adam(), "clippy", numel=1)
+
+
+def compile_pass(
+    name: str,
+    dtype: torch.dtype,
+    n_tasks: int,
+    rule: Rule,
+    modifier: str,
+    numel: int = NUMEL,
+) -> None:
     maths = double if dtype == double else single
     own, clipped = modifier in ("adatask", "both"), modifier in ("clippy", "both")
-    shape = (n_tasks, NUMEL) if own else (NUMEL,)
+    shape = (n_tasks, numel) if own else (numel,)
     numbers = gpu_numbers(rule, n_tasks if own else 1)
-    grads = torch.zeros(n_tasks, NUMEL, dtype=dtype)
+    grads = torch.zeros(n_tasks, numel, dtype=dtype)
     state = [torch.zeros(shape, dtype=maths) for _ in rule.state_names]
-    params = torch.zeros(NUMEL, dtype=dtype)
+    params = torch.zeros(numel, dtype=dtype)
     weights = torch.ones(n_tasks, dtype=double)
     gram = torch.zeros(n_tasks, n_tasks, dtype=double)
     skip = torch.zeros(1, dtype=torch.int32)
     factors: dict[str, Any] = {}
     if clipped:
-        factors["segments"] = torch.tensor([0, 1, 65, 2000, NUMEL])
-        factors["sigma"] = torch.ones(n_tasks, 4, dtype=double)
+        borders = [0, 1, 65, 2000, numel] if numel > 2000 else [0, numel]
+        factors["segments"] = torch.tensor(borders)
+        factors["sigma"] = torch.ones(n_tasks, len(borders) - 1, dtype=double)
     if name == "search":
         changes = {**factors, "clippy": (0.5, 0.01), "params": params} if clipped else {}
         gpu.search(rule.kind, numbers, grads, state, gram, **changes)
@@ -310,6 +339,7 @@ def main(target: str) -> None:
     whole = target == WHOLE
     if whole:
         compile_controls(record)
+        compile_one_coordinate(record)
     if backend == "hip":
         compile_past_two_gigabytes(record)
     compile_without_a_rule(record, whole)
