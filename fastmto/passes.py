@@ -135,19 +135,11 @@ class Pass:
 
     def search(self) -> None:
         """The Gram of the updates into the buffer's, and Clippy's factors; found if not finite."""
-        buffer, clipped = self.buffer, self.clippy is not None
-        ops.search(
-            self.kind,
-            buffer.numbers,
-            buffer.grads[: self.rows],
-            buffer.state,
-            buffer.gram(self.rows),
-            clippy=self._bounds,
-            params=buffer.flat.data if clipped else None,
-            segments=buffer.flat.segments if clipped else None,
-            sigma=buffer.sigma[: self.rows] if clipped else None,
-        )
-        ops.check(buffer.gram(self.rows), self.found)
+        gram = self.buffer.gram(self.rows)
+        params = None if self.clippy is None else self.buffer.flat.data
+        bounds = self._bounds
+        ops.search(*self._update, gram, clippy=bounds, params=params, **self._factors)
+        ops.check(gram, self.found)
 
     def check(self) -> None:
         """found if a gradient is not finite."""
@@ -155,38 +147,31 @@ class Pass:
 
     def apply(self, weights: Tensor) -> None:
         """Move the parameters, then the moments, unless found."""
-        buffer, clipped = self.buffer, self.clippy is not None
-        ops.apply(
-            self.kind,
-            buffer.numbers,
-            buffer.grads[: self.rows],
-            buffer.state,
-            buffer.flat.data,
-            weights,
-            segments=buffer.flat.segments if clipped else None,
-            sigma=buffer.sigma[: self.rows] if clipped else None,
-            skip=self.found,
-        )
+        flat = self.buffer.flat
+        ops.apply(*self._update, flat.data, weights, skip=self.found, **self._factors)
         # The kernels write behind autograd's back: an older graph must not be used any more.
-        torch.autograd.graph.increment_version(buffer.flat.parameters)
+        torch.autograd.graph.increment_version(flat.parameters)
 
     def delayed(self, weights: Tensor) -> None:
         """`apply` and `search` in one pass."""
-        buffer, clipped = self.buffer, self.clippy is not None
+        flat, gram, bounds = self.buffer.flat, self.buffer.gram(self.rows), self._bounds
         ops.delayed(
-            self.kind,
-            buffer.numbers,
-            buffer.grads[: self.rows],
-            buffer.state,
-            buffer.flat.data,
-            weights,
-            buffer.gram(self.rows),
-            clippy=self._bounds,
-            segments=buffer.flat.segments if clipped else None,
-            sigma=buffer.sigma[: self.rows] if clipped else None,
-            skip=self.found,
+            *self._update, flat.data, weights, gram, clippy=bounds, skip=self.found, **self._factors
         )
-        torch.autograd.graph.increment_version(buffer.flat.parameters)
+        torch.autograd.graph.increment_version(flat.parameters)
+
+    @property
+    def _update(self) -> tuple[int, Tensor, Tensor, list[Tensor]]:
+        """What all passes over updates take first."""
+        buffer = self.buffer
+        return self.kind, buffer.numbers, buffer.grads[: self.rows], buffer.state
+
+    @property
+    def _factors(self) -> dict[str, Tensor]:
+        """Where Clippy's factors stand, if there are any."""
+        if self.clippy is None:
+            return {}
+        return {"segments": self.buffer.flat.segments, "sigma": self.buffer.sigma[: self.rows]}
 
     @property
     def _bounds(self) -> tuple[float, float] | None:
