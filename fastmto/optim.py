@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import ops
+from .checks import check_choice, check_scaler
 from .device import Constants, capturing, tell_compiler, uncompiled, upload
 from .errors import NonFiniteError, SolverError, warn
 from .flat import FlatParameters
@@ -24,10 +25,10 @@ from .group_rules import GroupRules, check_state_names
 from .groups import Parameters, TaskParameters, check_lr, param_groups
 from .passes import Buffer, Clock, Pass
 from .rules import Clippy, Hyper, Rule, as_rule
-from .solvers import STATUSES, Result
+from .solvers import Result
 from .task_gradients import Losses, TaskGradients, as_list, first_nonfinite
 from .weightings import Bargaining, DeviceSolver, Weighting
-from .weightings.base import MOST_KAPPA
+from .weightings.base import MOST_KAPPA, is_solved, joint_length, result_of
 
 GramWeighting = Weighting | Callable[[Tensor], Tensor]
 
@@ -82,10 +83,10 @@ class UpdateBalancer(torch.optim.Optimizer):
         tell_compiler()
         groups, n_tasks, names = param_groups(shared_parameters, task_parameters)
         between = between or ("per_task" if adatask else "weighted")
-        _check_choice("scale", scale, SCALES)
-        _check_choice("between", between, ("weighted", "per_task"))
-        _check_choice("on_failure", on_failure, ("hold", "raise"))
-        _check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
+        check_choice("scale", scale, SCALES)
+        check_choice("between", between, ("weighted", "per_task"))
+        check_choice("on_failure", on_failure, ("hold", "raise"))
+        check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
         if adatask and between == "weighted":
             raise ValueError(
                 "between must be 'per_task' with adatask, whose moments need every task's "
@@ -262,12 +263,9 @@ class UpdateBalancer(torch.optim.Optimizer):
         Waits for a device."""
         if self._gram is None or self._solver is None:
             return getattr(self.weighting, "result", None)
-        number, iterations, residual, kappa = self._info.tolist()
-        if math.isnan(number):
+        if math.isnan(float(self._info[0])):
             return None
-        status = STATUSES[int(number)]
-        weights = self._raw[: len(self._gram)].cpu() if status == "solved" else None
-        return Result(weights, status, int(iterations), residual, kappa)
+        return result_of(self._info, self._raw[: len(self._gram)].cpu())
 
     @property
     def stats(self) -> dict[str, int]:
@@ -312,12 +310,7 @@ class UpdateBalancer(torch.optim.Optimizer):
                 the step is skipped and counted.
         """
         values, names = as_list(losses, self.n_tasks, self._names)
-        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-            raise ValueError(
-                f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}"
-            )
-        if scaler is not None and not scaler.is_enabled():
-            scaler = None
+        scaler = check_scaler(scaler)
         if self._pending is not None and scaler is not self._scaler:
             raise ValueError("scaler must be the same in all backward calls of a step")
         seed = self._seed(scaler)
@@ -627,12 +620,9 @@ class UpdateBalancer(torch.optim.Optimizer):
         self._gram = gram = self._gram_room[: n * n].view(n, n).copy_(gram)
         raw = self._raw[:n]
         self._solver(gram, raw, self._info, active)
-        status, solved = self._info[0], STATUSES.index("solved")
-        far = (status == solved) & (self._info[3] > self._most_kappa)
-        status.copy_(torch.where(far, STATUSES.index("near_stationary"), status))
         weights = raw * self._factor(raw, gram)
         finite = self._clock.found[0] == 0
-        ok = finite & (status == solved) & weights.isfinite().all()
+        ok = finite & is_solved(self._info, weights, self._most_kappa)
         capped = torch.zeros_like(ok)
         if self._settings["max_weight"] is not None:
             bound = self._settings["max_weight"]
@@ -651,7 +641,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         if scale == "sum":
             total = weights.sum()
             return torch.where(total > 0, len(weights) / total, math.inf)
-        length = (weights[:, None] * gram * weights).sum().clamp(min=0.0).sqrt()
+        length = joint_length(gram, weights)
         if scale == "mean_norm":
             return gram.diagonal().sqrt().mean() / length
         return math.sqrt(self._numel) / length
@@ -925,14 +915,9 @@ def _buffers(members: Sequence[Parameter], *, apart: bool) -> list[list[Paramete
     return [[p for p in members if p.dtype == t] for t in dict.fromkeys(p.dtype for p in members)]
 
 
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
 def _as_weighting(weighting: str | GramWeighting | None) -> GramWeighting | None:
     if isinstance(weighting, str):
-        _check_choice("weighting", weighting, ("bargaining", "ccp"))
+        check_choice("weighting", weighting, ("bargaining", "ccp"))
         return Bargaining(method="exact" if weighting == "bargaining" else "ccp")
     if weighting is not None and not callable(weighting):
         raise ValueError(

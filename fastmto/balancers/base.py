@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..checks import check_choice
+from ..checks import check_choice, check_scaler
 from ..device import tell_compiler, uncompiled
 from ..errors import NonFiniteError, warn
 from ..per_task import take
@@ -315,11 +315,8 @@ class Balancer(ABC):
             as_tensors("features", features),
             closure,
         )
-        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-            raise ValueError(
-                "scaler must be a torch.amp.GradScaler or None, got " + type(scaler).__name__
-            )
-        if scaler is not None and scaler.is_enabled():
+        scaler = check_scaler(scaler)
+        if scaler is not None:
             batch.seed = scaler.scale(torch.ones((), device=batch.present[0].device))
         if self._looks_at(batch):
             bad = first_nonfinite(values)

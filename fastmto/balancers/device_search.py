@@ -11,10 +11,9 @@ from torch import Tensor
 from ..device import Constants
 from ..solvers import STATUSES, Result
 from ..weightings import DeviceSolver
+from ..weightings.base import is_solved, result_of
 
-SOLVED, NOT_FINITE, NEAR_STATIONARY = (
-    STATUSES.index(name) for name in ("solved", "not_finite", "near_stationary")
-)
+NOT_FINITE = STATUSES.index("not_finite")
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,7 @@ class Found:
 
     def result(self) -> Result[Tensor]:
         """The solver's result; waits for the device."""
-        number, iterations, residual, kappa = self.info.tolist()
-        status = STATUSES[int(number)]
-        weights = self.solution if status == "solved" else None
-        return Result(weights, status, int(iterations), residual, kappa)
+        return result_of(self.info, self.solution)
 
 
 class DeviceSearch:
@@ -102,10 +98,7 @@ class DeviceSearch:
             last = last.index_select(0, index)
         raw, info = torch.ones_like(last), last.new_zeros(4)
         self._solver(gram, raw, info, None if everyone else active)
-        status = info[0]
-        far = (status == SOLVED) & (info[3] > most_kappa)
-        status.copy_(torch.where(far, NEAR_STATIONARY, status))
-        taken = (status == SOLVED) & raw.isfinite().all()
+        status, taken = info[0], is_solved(info, raw, most_kappa)
         weights = torch.where(taken, raw, hold(gram, last))
         skipped = torch.zeros_like(taken)
         if heads_finite is not None:

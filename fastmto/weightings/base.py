@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolverError
-from ..solvers import Result
+from ..solvers import STATUSES, Result
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -180,6 +180,31 @@ def of_tasks(
         f"gram must be of the {len(preference)} tasks of preference, "
         f"got tasks {check_tasks(gram, tasks)}"
     )
+
+
+SOLVED, NEAR_STATIONARY = (STATUSES.index(name) for name in ("solved", "near_stationary"))
+
+
+def is_solved(info: Tensor, weights: Tensor, most_kappa: float) -> Tensor:
+    """Whether weights that a device solver found are to be used, a boolean on the device.
+
+    Args:
+        info: (4,), as the solver wrote it; a solution of a larger kappa than `most_kappa` gets the
+            status "near_stationary".
+        weights: finite if they are to be used.
+    """
+    status = info[0]
+    far = (status == SOLVED) & (info[3] > most_kappa)
+    status.copy_(torch.where(far, NEAR_STATIONARY, status))
+    return (status == SOLVED) & weights.isfinite().all()
+
+
+def result_of(info: Tensor, weights: Tensor) -> Result[Tensor]:
+    """What a device solver wrote, as a solver on the host returns it; waits for the device."""
+    number, iterations, residual, kappa = info.tolist()
+    status = STATUSES[int(number)]
+    solution = weights if status == "solved" else None
+    return Result(solution, status, int(iterations), residual, kappa)
 
 
 def joint_length(gram: Tensor, weights: Tensor) -> Tensor:
