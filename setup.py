@@ -29,14 +29,14 @@ ParallelCompile("FASTMTO_BUILD_JOBS", default=0).install()
 setup(
     ext_modules=[
         Pybind11Extension(
-            "fastmto._solvers",
+            "fastmto.solvers._solvers",
             sources("solvers"),
             depends=headers("solvers"),
             cxx_std=17,
             extra_compile_args=FLAGS,
         ),
         Pybind11Extension(
-            "fastmto._kernels",
+            "fastmto.ops._kernels",
             sources("kernels"),
             depends=headers("kernels"),
             cxx_std=17,

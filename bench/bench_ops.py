@@ -24,8 +24,10 @@ import torch
 from conftest import Bandwidth, Contestant, Times, n_sets, take_turns
 from torch import Tensor
 
-from fastmto import ops, philox, reference
-from fastmto.rules import Adam
+from fastmto import ops
+from fastmto.ops import philox
+from fastmto.optim.rules import Adam
+from fastmto.reference import updates as reference
 
 # torch.compile imports what torch itself has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

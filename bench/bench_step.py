@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 import fastmto
-from fastmto.models import MMOE
+from fastmto.experiments.models import MMOE
 
 FIELD_SIZES = [15] * 16 + [16] * 16  # 32 fields, 496 values
 BATCHES = [1024, 4096]

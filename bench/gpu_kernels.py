@@ -22,11 +22,13 @@ from gpu_maths import CLIPPY, LR, RULE, SEGMENTS, STEP, as_view
 from gpu_timer import FAILURES, Contestant, CpuTimer, Row, in_a_line
 from torch import Tensor
 
-from fastmto import ops, philox, reference
+from fastmto import ops
+from fastmto.ops import philox
+from fastmto.reference import updates as reference
 
 LAMBDAS = (CLIPPY.lambda_rel, CLIPPY.lambda_abs)
 SEED = 1
-#: Coordinates of random directions that are compared bit for bit with `fastmto.philox`.
+#: Coordinates of random directions that are compared bit for bit with `fastmto.ops.philox`.
 DRAWN = 1 << 14
 #: What rounding may do to a sum, over the sum of its terms' sizes: ours, and plain torch's Gram,
 #: whose float32 sums run over all of P.
@@ -307,7 +309,7 @@ class Expected:
         _demand("found, the last element NaN", 1 - found, 0)
 
     def demand_directions(self, out: Tensor, exact: bool) -> None:
-        """perturb: the direction given, or `fastmto.philox`'s bits where they are ours, and the
+        """perturb: the direction given, or `fastmto.ops.philox`'s bits where they are ours, and the
         mean and variance of every row."""
         b, numel = self.b, self.case.numel
         if self.case.name == "perturb_given":

@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastmto
-from fastmto.models import MMOE, PLE
-from fastmto.models.base import MultiTaskModel, count
-from fastmto.train import Balanced
+from fastmto.experiments.models import MMOE, PLE
+from fastmto.experiments.models.base import MultiTaskModel, count
+from fastmto.experiments.train import Balanced
 
 BATCH = 4096
 FIELD_SIZES = (31,) * 16

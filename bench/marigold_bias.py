@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmto import MARIGOLD
-from fastmto.zeroth_order.estimators import RELATIVE_STEPS
+from fastmto.marigold.estimators import RELATIVE_STEPS
 
 matplotlib.use("agg")
 from matplotlib import pyplot

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 import fastmto
-from fastmto import toy
-from fastmto.cli import DEFAULTS
-from fastmto.data import load_census, load_digits
-from fastmto.models import MMOE, SharedBottom
-from fastmto.train import balancer, train
+from fastmto.experiments import toy
+from fastmto.experiments.cli import DEFAULTS
+from fastmto.experiments.data import load_census, load_digits
+from fastmto.experiments.models import MMOE, SharedBottom
+from fastmto.experiments.train import balancer, train
 
 RUNS: list[tuple[str, str | None, float]] = [
     ("equal weights", None, 0.5),

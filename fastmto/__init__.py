@@ -11,14 +11,15 @@ loss, info = balancer.backward(losses, shared_parameters=shared, task_specific_p
 optimizer.step()
 """
 
-from . import balancers, errors, rules, solvers, weightings
-from .adatask import AdaTask
-from .balancers.marigold import MARIGOLD
-from .clippy_adam import ClippyAdam
-from .graphed import GraphedStep
-from .pub import PUB
-from .registry import available, get
-from .zeroth_order.functional import FunctionalClosure
+from . import balancers, errors, solvers, weightings
+from .balancers.registry import available, get
+from .marigold.balancer import MARIGOLD
+from .marigold.functional import FunctionalClosure
+from .optim import rules
+from .optim.adatask import AdaTask
+from .optim.clippy_adam import ClippyAdam
+from .optim.graphed import GraphedStep
+from .optim.pub import PUB
 
 __version__ = "0.1.0"
 __all__ = [

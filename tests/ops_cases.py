@@ -1,7 +1,7 @@
 """Cases for the ops of every backend: random inputs, what the float64 reference says, tolerances.
 
 `build` makes the inputs of a `Case`; the `expected_*` functions evaluate the contract of
-`fastmto.ops` with `fastmto.reference` in float64 on exactly those (already rounded) inputs. Beside
+`fastmto.ops` with `reference.updates` in float64 on exactly those (already rounded) inputs. Beside
 every value they return its magnitude: the same expression with all terms made positive, which is
 what rounding errors are relative to when terms cancel. `close` compares within
 
@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastmto.reference import State, advance, clippy_factor
-from fastmto.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
+from fastmto.optim.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
+from fastmto.reference.updates import State, advance, clippy_factor
 
 RULES: dict[str, Rule] = {
     "adam": Adam(),

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 import fastmto
 from fastmto import ops
 from fastmto.balancers import GramBalancer
-from fastmto.balancers.buffers import Buffers
+from fastmto.engine.buffers import Buffers
 
 T = 3
 close = torch.testing.assert_close

@@ -13,10 +13,10 @@ from problems import gradients, linear_loss, net, parameters
 from torch import Tensor, nn
 
 import fastmto
-from fastmto import reference_gradients as reference
 from fastmto.balancers.gradient_balancer import GradientBalancer
+from fastmto.engine.flat import FlatLayout
 from fastmto.errors import NonFiniteError, SolverError
-from fastmto.flat import FlatLayout
+from fastmto.reference import gradients as reference
 
 T = 3
 #: Methods whose joint gradient is sum_i weights_i g_i.

@@ -19,7 +19,6 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 import fastmto
-from fastmto import reference_losses as ref
 from fastmto.balancers import (
     DWA,
     FAMO,
@@ -34,8 +33,9 @@ from fastmto.balancers import (
 )
 from fastmto.balancers.banditmtl import _exponent as exponent
 from fastmto.balancers.gradnorm import LEAST_WEIGHT
+from fastmto.engine.per_task import TaskAdam
 from fastmto.errors import NonFiniteError
-from fastmto.per_task import TaskAdam
+from fastmto.reference import losses as ref
 
 T = 3
 STEPS = 24

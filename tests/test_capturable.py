@@ -14,9 +14,12 @@ from reads import NothingGoesToTheHost, NothingIsRead
 from torch import Tensor, nn
 
 import fastmto
-from fastmto import device, ops, optim, task_gradients
-from fastmto.graphed import Graph
-from fastmto.rules import AdaGrad, RMSProp
+from fastmto import ops
+from fastmto.engine import device
+from fastmto.engine import gradients as task_gradients
+from fastmto.optim import update_balancer as optim
+from fastmto.optim.graphed import Graph
+from fastmto.optim.rules import AdaGrad, RMSProp
 from fastmto.weightings import MGDA, Bargaining, Constant
 
 CONFIGURATIONS: list[dict[str, Any]] = [

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmto import available, cli
-from fastmto.cli import main
+from fastmto import available
+from fastmto.experiments import cli
+from fastmto.experiments.cli import main
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,7 @@ def test_picture_has_ink_of_every_run(tmp_path: Path) -> None:
     from matplotlib.colors import to_rgb
     from matplotlib.image import imread
 
-    from fastmto.plot import _COLORS
+    from fastmto.experiments.plot import _COLORS
 
     assert main(["train", "--epochs", "1", "--plot", "a.png"]) == 0
     pixels = imread(tmp_path / "a.png")[:, :, :3]
@@ -83,7 +84,7 @@ def test_json_holds_the_run(tmp_path: Path) -> None:
 
 def census_line(number: int) -> str:
     """A row in the published layout whose labels follow from age and sex."""
-    from fastmto.data.census import COLUMNS, DENSE
+    from fastmto.experiments.data.census import COLUMNS, DENSE
 
     old, male = number % 3 == 0, number % 2 == 0
     values = {name: "0" if name in DENSE else "x" for name in COLUMNS}
@@ -120,7 +121,7 @@ def test_train_knows_every_balancer(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_an_interrupted_train_keeps_what_is_finished(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastmto import train
+    from fastmto.experiments import train
 
     steps = []
 
@@ -258,7 +259,7 @@ def test_defaults_of_every_data_set_name_every_model() -> None:
 
 
 def test_every_balancer_of_the_command_exists() -> None:
-    from fastmto.train import balancer, balancer_names
+    from fastmto.experiments.train import balancer, balancer_names
 
     assert set(cli.BALANCERS) == set(balancer_names())
     assert all(callable(balancer(name, lr=1e-3)) for name in cli.BALANCERS)

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastmto import cli, compare
-from fastmto.cli import main
-from fastmto.compare import Compared, load_data, peak_memory, save_data, spread, table
-from fastmto.data import MultiTaskData, load_digits
-from fastmto.experiment import Experiment
-from fastmto.workers import Interrupted, Workers, tick
+from fastmto.experiments import cli, compare
+from fastmto.experiments.cli import main
+from fastmto.experiments.compare import Compared, load_data, peak_memory, save_data, spread, table
+from fastmto.experiments.data import MultiTaskData, load_digits
+from fastmto.experiments.experiment import Experiment
+from fastmto.experiments.workers import Interrupted, Workers, tick
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastmto.data import MultiTaskData, Split, Task, load_census, load_digits
-from fastmto.data.census import CATEGORICAL, COLUMNS, DENSE
-from fastmto.data.digits import SHIFT, SIDE
+from fastmto.experiments.data import MultiTaskData, Split, Task, load_census, load_digits
+from fastmto.experiments.data.census import CATEGORICAL, COLUMNS, DENSE
+from fastmto.experiments.data.digits import SHIFT, SIDE
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastmto.flat import ALIGNMENT, FlatParameters, as_vector, is_dense
+from fastmto.engine.flat import ALIGNMENT, FlatParameters, as_vector, is_dense
 
 
 def test_parameters_become_aligned_views_with_their_values_shapes_and_strides() -> None:

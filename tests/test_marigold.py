@@ -10,10 +10,11 @@ import torch
 from marigold_cases import Quadratics, Smooth, parameter
 
 import fastmto
-from fastmto import MARIGOLD, reference_marigold
+from fastmto import MARIGOLD
 from fastmto.errors import SolverError
+from fastmto.marigold.simplex_rules import Projected
+from fastmto.reference import marigold as reference_marigold
 from fastmto.solvers import simplex_projection
-from fastmto.zeroth_order.simplex_rules import Projected
 
 CASE = Quadratics()
 START = (1.0, 2.0)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastmto
 from fastmto import MARIGOLD, FunctionalClosure
-from fastmto.zeroth_order.perturb import Copies
+from fastmto.marigold.perturb import Copies
 
 ESTIMATORS = ["forward", "central", "directions", "span"]
 

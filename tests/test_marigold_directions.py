@@ -8,9 +8,10 @@ import pytest
 import torch
 from marigold_cases import Smooth, parameter
 
-from fastmto import MARIGOLD, FunctionalClosure, reference_marigold
-from fastmto.zeroth_order.estimators import directions_gram, span_gram
-from fastmto.zeroth_order.perturb import Copies
+from fastmto import MARIGOLD, FunctionalClosure
+from fastmto.marigold.estimators import directions_gram, span_gram
+from fastmto.marigold.perturb import Copies
+from fastmto.reference import marigold as reference_marigold
 
 DISTRIBUTIONS = ["gaussian", "rademacher", "sphere"]
 

@@ -15,12 +15,13 @@ from marigold_cases import Quadratics, Smooth, parameter
 from torch import Tensor, nn
 
 import fastmto
-from fastmto import MARIGOLD, toy
-from fastmto.cli import DEFAULTS
-from fastmto.data import load_census
-from fastmto.flat import FlatParameters
-from fastmto.models import MMOE
-from fastmto.train import evaluate, task_losses
+from fastmto import MARIGOLD
+from fastmto.engine.flat import FlatParameters
+from fastmto.experiments import toy
+from fastmto.experiments.cli import DEFAULTS
+from fastmto.experiments.data import load_census
+from fastmto.experiments.models import MMOE
+from fastmto.experiments.train import evaluate, task_losses
 
 CASE = Quadratics()
 #: Every kind of state: mirror, projected, reuse, FAMO, random directions, known vectors, averages.

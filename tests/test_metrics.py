@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from fastmto.metrics import auc, delta_m, delta_m_pub
+from fastmto.experiments.metrics import auc, delta_m, delta_m_pub
 
 # NYUv2: segmentation (mIoU, pixel accuracy), depth (absolute, relative error), surface normals
 # (mean, median, within 11.25, 22.5, 30 degrees), as printed in PUB's table.

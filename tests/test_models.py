@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from fastmto.cli import DEFAULTS, MODELS
-from fastmto.data import load_digits
-from fastmto.experiment import Experiment
-from fastmto.models import MMOE, PLE, MultiTaskModel, SharedBottom, TabularEncoder
-from fastmto.models.base import count
-from fastmto.models.mmoe import Experts
-from fastmto.models.ple import mix
+from fastmto.experiments.cli import DEFAULTS, MODELS
+from fastmto.experiments.data import load_digits
+from fastmto.experiments.experiment import Experiment
+from fastmto.experiments.models import MMOE, PLE, MultiTaskModel, SharedBottom, TabularEncoder
+from fastmto.experiments.models.base import count
+from fastmto.experiments.models.mmoe import Experts
+from fastmto.experiments.models.ple import mix
 
 #: 32 fields with 496 values in all, as the census data have.
 FIELDS = (15,) * 31 + (31,)

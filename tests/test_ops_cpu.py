@@ -11,9 +11,9 @@ import torch
 from ops_cases import DTYPES, GRAM_TASKS, RULES, TASKS, Case, Inputs, build, numbers_of
 from torch import Tensor
 
-from fastmto import _kernels, ops, solvers
-from fastmto.ops import cpu
-from fastmto.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
+from fastmto import ops, solvers
+from fastmto.ops import _kernels, cpu
+from fastmto.optim.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
 
 BASELINE, V3, V4 = 1, 2, 3
 ISAS = [isa for isa in (BASELINE, V3, V4) if _kernels.supported(isa)]

@@ -30,18 +30,16 @@ from ops_cases import (
 from reads import NothingIsRead
 
 from fastmto.ops import cpu
-from fastmto.rules import Adam, Clippy
+from fastmto.optim.rules import Adam, Clippy
 
 pytest.importorskip("triton")
 
-from fastmto.ops import (
-    gpu,
-    triton_apply,
-    triton_clippy,
-    triton_combine,
-    triton_rules,
-    triton_search,
-)
+from fastmto.ops.triton import apply as triton_apply
+from fastmto.ops.triton import backend as gpu
+from fastmto.ops.triton import clippy as triton_clippy
+from fastmto.ops.triton import combine as triton_combine
+from fastmto.ops.triton import rules as triton_rules
+from fastmto.ops.triton import search as triton_search
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Clippy and whether every task keeps its own moments.

@@ -28,12 +28,14 @@ from ops_cases import (
 )
 from torch import Tensor
 
-from fastmto import ops, philox
-from fastmto.rules import AdaGrad, Adam, Clippy, Numbers
+from fastmto import ops
+from fastmto.ops import philox
+from fastmto.optim.rules import AdaGrad, Adam, Clippy, Numbers
 
 pytest.importorskip("triton")
 
-from fastmto.ops import cpu, gpu
+from fastmto.ops import cpu
+from fastmto.ops.triton import backend as gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")

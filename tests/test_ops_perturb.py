@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmto import _kernels, ops, philox
-from fastmto.ops import cpu
+from fastmto import ops
+from fastmto.ops import _kernels, cpu, philox
 
 ISAS = [isa for isa in (1, 2, 3) if _kernels.supported(isa)]
 DTYPES = (torch.float32, torch.float64)
@@ -136,8 +136,8 @@ def test_the_operator(distribution: str, dtype: torch.dtype) -> None:
 @distributions
 def test_random_directions_by_triton(distribution: str, dtype: torch.dtype, numel: int) -> None:
     pytest.importorskip("triton")
-    from fastmto.ops import triton_perturb
-    from fastmto.ops.triton_launch import Tiling
+    from fastmto.ops.triton import perturb as triton_perturb
+    from fastmto.ops.triton.launch import Tiling
 
     params = parameters(numel, dtype)
     _, group = triton_perturb.KERNELS[distribution]
@@ -164,7 +164,7 @@ def test_random_directions_by_triton(distribution: str, dtype: torch.dtype, nume
 def test_the_gpu_backend(dtype: torch.dtype) -> None:
     """Default tilings, and given directions."""
     pytest.importorskip("triton")
-    from fastmto.ops import gpu
+    from fastmto.ops.triton import backend as gpu
 
     params, scale = parameters(3001, dtype), SCALE.to(DEVICE)
     out = poisoned(3, 3001, dtype).to(DEVICE)

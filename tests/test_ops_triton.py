@@ -31,12 +31,16 @@ from ops_cases import (
 )
 from torch import Tensor
 
-from fastmto.rules import Clippy, Numbers, Rule
+from fastmto.optim.rules import Clippy, Numbers, Rule
 
 pytest.importorskip("triton")
 
-from fastmto.ops import triton_apply, triton_clippy, triton_combine, triton_launch, triton_search
-from fastmto.ops.triton_launch import Tiling
+from fastmto.ops.triton import apply as triton_apply
+from fastmto.ops.triton import clippy as triton_clippy
+from fastmto.ops.triton import combine as triton_combine
+from fastmto.ops.triton import launch as triton_launch
+from fastmto.ops.triton import search as triton_search
+from fastmto.ops.triton.launch import Tiling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAIRS = Tiling(128, programs=2, flush=2)

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmto.rules import AdaGrad, Adam, Hyper, Numbers, RMSProp, Rule
+from fastmto.optim.rules import AdaGrad, Adam, Hyper, Numbers, RMSProp, Rule
 
 pytest.importorskip("triton")
 
-from fastmto.ops import cpu, gpu, triton_control
-from fastmto.ops.triton_launch import Tiling
+from fastmto.ops import cpu
+from fastmto.ops.triton import backend as gpu
+from fastmto.ops.triton import control as triton_control
+from fastmto.ops.triton.launch import Tiling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = 2.0**-52

@@ -20,7 +20,8 @@ from fastmto.solvers import STATUSES
 
 pytest.importorskip("triton")
 
-from fastmto.ops import cpu, gpu
+from fastmto.ops import cpu
+from fastmto.ops.triton import backend as gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = float(np.finfo(np.float64).eps)

@@ -11,10 +11,10 @@ from problems import batch, gradients, linear_loss, net, parameters
 from torch import Tensor, nn
 
 import fastmto
-from fastmto import reference
 from fastmto.errors import NonFiniteError, SolverError
-from fastmto.optim import UpdateBalancer
-from fastmto.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
+from fastmto.optim.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
+from fastmto.optim.update_balancer import UpdateBalancer
+from fastmto.reference import updates as reference
 
 RULES = [
     Adam(),

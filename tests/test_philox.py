@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fastmto import philox
+from fastmto.ops import philox
 
 # Random123, tests/kat_vectors: philox 4x32, 10 rounds.
 KNOWN = [

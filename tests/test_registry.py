@@ -6,7 +6,7 @@ import pytest
 
 import fastmto
 from fastmto import balancers
-from fastmto.registry import METHODS, method
+from fastmto.balancers.registry import METHODS, method
 
 # fmt: off
 KEYS = [

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samplers import INDEFINITE_KINDS, KINDS, Sample, gram, planted, samples, symmetric_matrices
 
-from fastmto import reference
+from fastmto.reference import updates as reference
 from fastmto.solvers import STATUSES, Result, bargaining
 
 EPS = np.finfo(np.float64).eps

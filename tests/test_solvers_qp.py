@@ -24,7 +24,7 @@ from samplers import (
     updates,
 )
 
-from fastmto import reference_gradients
+from fastmto.reference import gradients as reference_gradients
 from fastmto.solvers import (
     STATUSES,
     Result,

@@ -14,16 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fastmto
-from fastmto import task_gradients
-from fastmto.flat import FlatLayout
-from fastmto.task_gradients import (
-    UNKNOWN,
-    UNUSED,
-    USED,
-    TaskGradients,
-    as_list,
-    first_nonfinite,
-)
+from fastmto.engine import gradients as task_gradients
+from fastmto.engine.flat import FlatLayout
+from fastmto.engine.gradients import UNKNOWN, UNUSED, USED, TaskGradients, as_list, first_nonfinite
 
 
 def build(owners: str = "given", n_tasks: int = 2):

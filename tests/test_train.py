@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import fastmto
-from fastmto.data import MultiTaskData, Split, Task, load_digits
-from fastmto.models import MMOE, SharedBottom
-from fastmto.train import (
+from fastmto.experiments.data import MultiTaskData, Split, Task, load_digits
+from fastmto.experiments.models import MMOE, SharedBottom
+from fastmto.experiments.train import (
     METHOD_LR,
     PROBE_EVERY,
     Balanced,
@@ -146,7 +146,7 @@ def test_probes_do_not_change_a_run(
 ) -> None:
     results = []
     for every in (2, 1000):
-        monkeypatch.setattr("fastmto.train.PROBE_EVERY", every)
+        monkeypatch.setattr("fastmto.experiments.train.PROBE_EVERY", every)
         results.append(run(data, name, epochs=1))
     assert [len(result.steps.probes) for result in results] == [8, 1]
     assert np.array_equal(results[0].steps.losses, results[1].steps.losses)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import fastmto
-from fastmto import toy
-from fastmto.cli import main
-from fastmto.train import SummedLosses
+from fastmto.experiments import toy
+from fastmto.experiments.cli import main
+from fastmto.experiments.train import SummedLosses
 
 
 def by_hand(x1: float, x2: float, s: float) -> tuple[float, float]:

@@ -21,7 +21,7 @@ import torch
 from gradient_cases import Case
 from torch import Tensor
 
-from fastmto import reference_gradients as reference
+from fastmto.reference import gradients as reference
 from fastmto.weightings import (
     IMTLG,
     MGDA,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gradient_cases import KINDS, REGULAR, Case, cases
 
-from fastmto import reference_gradients as reference
+from fastmto.reference import gradients as reference
 
 
 def terms(w: np.ndarray, grads: np.ndarray) -> float:

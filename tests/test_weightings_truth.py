@@ -15,7 +15,7 @@ import pytest
 import torch
 from gradient_cases import KINDS, REGULAR, TASKS, Array, cases
 
-from fastmto import reference_gradients as reference
+from fastmto.reference import gradients as reference
 from fastmto.weightings import (
     IMTLG,
     MGDA,

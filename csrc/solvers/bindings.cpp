@@ -1,4 +1,4 @@
-// fastmto._solvers: the small-dimension solvers on ready numpy arrays and CPU tensors.
+// fastmto.solvers._solvers: the small-dimension solvers on ready numpy arrays and CPU tensors.
 //
 // A solve of two tasks takes tens of nanoseconds, so the calls go through METH_FASTCALL and the
 // result is a plain extension type: the usual pybind11 dispatch and class would cost several times
@@ -141,7 +141,7 @@ PyType_Slot result_slots[] = {
     {Py_tp_methods, result_methods},
     {0, nullptr}};
 
-PyType_Spec result_spec = {"fastmto._solvers.Result", sizeof(Result), 0, Py_TPFLAGS_DEFAULT,
+PyType_Spec result_spec = {"fastmto.solvers._solvers.Result", sizeof(Result), 0, Py_TPFLAGS_DEFAULT,
                            result_slots};
 
 // The data of a C-contiguous float64 array, or nullptr if it has to be converted first.

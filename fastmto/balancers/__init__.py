@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ..engine.balancer import Balancer, Info
+from ..marigold.balancer import MARIGOLD, MarigoldInfo
 from .aligned_mtl import AlignedMTL
 from .banditmtl import BanditMTL
-from .base import Balancer, Info
 from .cagrad import CAGrad
 from .db_mtl import DBMTL
 from .dualproj import DualProj
@@ -20,7 +21,6 @@ from .imtl_l import IMTLL
 from .ldc_mtl import LDCMTL
 from .loss_balancer import LearningBalancer, LossBalancer
 from .ls import LS
-from .marigold import MARIGOLD, MarigoldInfo
 from .mgda import MGDA
 from .mgda_ub import MGDAUB
 from .nashmtl import NashMTL

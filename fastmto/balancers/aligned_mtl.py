@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import weightings
-from .base import Batch
-from .buffers import Buffers
+from ..engine.balancer import Batch
+from ..engine.buffers import Buffers
 from .gradient_balancer import GradientOptions, GramBalancer
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..per_task import like, put, take
-from .base import Batch
+from ..engine.balancer import Batch
+from ..engine.per_task import like, put, take
 from .loss_balancer import LossBalancer
 
 #: Points at which the exponent is tried at once, a power of 2, and how often the interval shrinks.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
+from ..engine.balancer import Batch
+from ..engine.buffers import Buffers
 from ..errors import NonFiniteError
-from .base import Batch
-from .buffers import Buffers
 from .gradient_balancer import GradientBalancer, GradientOptions
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..per_task import like, put, take
-from .base import Batch
+from ..engine.balancer import Batch
+from ..engine.per_task import like, put, take
 from .loss_balancer import LossBalancer
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..device import uncompiled
+from ..engine.balancer import Batch
+from ..engine.device import uncompiled
+from ..engine.gradients import Losses, as_list, first_nonfinite
+from ..engine.per_task import TaskAdam, like, put, take
 from ..errors import NonFiniteError, warn
-from ..per_task import TaskAdam, like, put, take
-from ..task_gradients import Losses, as_list, first_nonfinite
-from .base import Batch
 from .loss_balancer import LossBalancer
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..engine.balancer import Batch
+from ..engine.buffers import Buffers
 from ..errors import NonFiniteError
-from .base import Batch
-from .buffers import Buffers
 from .gradient_balancer import GradientBalancer, GradientOptions
 
 if TYPE_CHECKING:

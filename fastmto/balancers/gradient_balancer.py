@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
-from ..device import capturing
+from ..engine.balancer import Balancer, Batch, Info
+from ..engine.buffers import Buffers, Head, check_inputs, heads_of, survey
+from ..engine.device import capturing
+from ..engine.device_search import DeviceSearch
+from ..engine.gradients import graph_leaves
 from ..errors import NonFiniteError, SolverError, warn
-from ..task_gradients import graph_leaves
 from ..weightings import Bargaining, DeviceSolver, Equal, Weighting
 from ..weightings.base import MOST_KAPPA, speaks_for
-from .base import Balancer, Batch, Info
-from .buffers import Buffers, Head, check_inputs, heads_of, survey
-from .device_search import DeviceSearch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..per_task import TaskAdam, like, put, take
-from ..task_gradients import graph_root
-from .base import Batch
+from ..engine.balancer import Batch
+from ..engine.gradients import graph_root
+from ..engine.per_task import TaskAdam, like, put, take
 from .loss_balancer import LossBalancer
 
 #: Weights are kept above this: at 0 a task would be lost, below it unlearned.

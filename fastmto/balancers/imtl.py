@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import weightings
-from .base import Batch
-from .buffers import Buffers
+from ..engine.balancer import Batch
+from ..engine.buffers import Buffers
 from .gradient_balancer import GradientOptions, GramBalancer
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..checks import check_choice, check_number
-from ..per_task import like, put, take
-from .base import Batch
+from ..engine.balancer import Batch
+from ..engine.per_task import like, put, take
 from .loss_balancer import LearningBalancer
 
 

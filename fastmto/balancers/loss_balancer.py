@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..per_task import like, put
-from .base import Balancer, Batch, Info
+from ..engine.balancer import Balancer, Batch, Info
+from ..engine.per_task import like, put
 
 
 class LossBalancer(Balancer):

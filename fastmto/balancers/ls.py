@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..per_task import like, take
-from .base import Batch
+from ..engine.balancer import Batch
+from ..engine.per_task import like, take
 from .loss_balancer import LossBalancer
 
 

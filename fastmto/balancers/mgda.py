@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import weightings
 from ..checks import check_choice
-from .base import Batch
+from ..engine.balancer import Batch
 from .gradient_balancer import GradientOptions, GramBalancer
 
 if TYPE_CHECKING:

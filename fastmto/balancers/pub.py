@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import pub
-from .base import Balancer, Batch, Info
-from .buffers import heads_of
+from ..engine.balancer import Balancer, Batch, Info
+from ..engine.buffers import heads_of
+from ..optim import pub
 
 
 class PUB(Balancer):

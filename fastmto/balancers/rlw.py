@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..per_task import take
-from .base import Batch
+from ..engine.balancer import Batch
+from ..engine.per_task import take
 from .loss_balancer import LossBalancer
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from .base import Batch
+from ..engine.balancer import Batch
 from .loss_balancer import LearningBalancer
 
 

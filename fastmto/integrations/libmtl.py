@@ -25,14 +25,14 @@ except ImportError as error:
         f"has no torchvision.models.utils ({error})"
     ) from error
 
-from .. import registry
-from ..balancers.base import Balancer, Info
+from ..balancers import registry
 from ..balancers.db_mtl import DBMTL
 from ..balancers.dwa import DWA
 from ..balancers.gradient_balancer import GradientBalancer, GramBalancer
 from ..balancers.gradnorm import GradNorm
 from ..balancers.loss_balancer import LossBalancer
 from ..balancers.nashmtl import NashMTL
+from ..engine.balancer import Balancer, Info
 
 #: LibMTL's names of `weight_args` -> the balancers' own. None: has no counterpart here, because
 #: the solvers are exact.

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .. import registry
-from ..balancers.base import Info
+from ..balancers import registry
 from ..balancers.gradient_balancer import GradientBalancer, GramBalancer
 from ..checks import check_choice, check_number
-from ..task_gradients import Losses
+from ..engine.balancer import Info
+from ..engine.gradients import Losses
 from ..weightings import Weighting
 
 #: The family's value of an argument and T -> the balancer's options.

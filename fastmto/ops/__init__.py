@@ -62,7 +62,7 @@ The ops, with u_i the update that the rule makes of g_i with the old moments (ru
     perturb     out_r = params + scale_r u_r for the R rows of out (R, P), contiguous each; params,
                 out and direction are float32 or all float64, scale (R,) is float64. u_r is
                 `direction` (P,) or its row r (R, P), or else direction number offset + r of `seed`,
-                standard normal or +-1 by `distribution`, as fastmto.philox says: made on the way
+                standard normal or +-1 by `distribution`, as philox.py says: made on the way
                 and stored nowhere. Every backend, thread count and tiling gives the same bits:
                 scale is rounded to the dtype of params, then one rounding for the product and one
                 for the sum. out may be params where R = 1

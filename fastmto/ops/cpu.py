@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _kernels, solvers
-from ..rules import AdaGrad, Adam, Hyper, Numbers, RMSProp, Rule
-from . import MAX_SOLVED_TASKS, perturbation
+from .. import solvers
+from ..optim.rules import AdaGrad, Adam, Hyper, Numbers, RMSProp, Rule
+from . import MAX_SOLVED_TASKS, _kernels, perturbation
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NUMBERS, _HYPER = len(Numbers._fields), len(Hyper._fields)

@@ -8,7 +8,7 @@ tensor or float64 array as the Gram matrix, and None or such arrays as vectors; 
 
 from __future__ import annotations
 
-from .._solvers import STATUSES, Result
+from ._solvers import STATUSES, Result
 from .aligned_mtl import aligned_mtl
 from .bargaining import bargaining, ccp_step
 from .cagrad import cagrad

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _solvers
-from .._solvers import Result
+from . import _solvers
+from ._solvers import Result
 from .convert import converted
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._solvers import Result
+from ._solvers import Result
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, overload
 
-from .. import _solvers
-from .._solvers import Result
+from . import _solvers
+from ._solvers import Result
 from .convert import converted
 
 if TYPE_CHECKING:

@@ -9,15 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..device import Constants
+from ..engine.device import Constants
 from ..solvers import Result, bargaining
-from .base import (
-    DeviceSolver,
-    SolverWeighting,
-    as_preference,
-    check_tasks,
-    of_tasks,
-)
+from .base import DeviceSolver, SolverWeighting, as_preference, check_tasks, of_tasks
 
 if TYPE_CHECKING:
     import numpy as np

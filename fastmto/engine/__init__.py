@@ -1,0 +1,1 @@
+"""What optimizers and balancers share: losses, gradients, flat memory, search."""

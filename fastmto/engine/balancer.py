@@ -1,0 +1,454 @@
+"""What every balancer has: the call, the tasks' names, the phase, the state.
+
+    balancer = fastmto.balancers.NashMTL(update_weights_every=10)
+    optimizer.zero_grad()
+    loss, info = balancer.backward(losses, shared_parameters=..., task_specific_parameters=...)
+    optimizer.step()                                    # any torch optimizer
+
+`Balancer.backward` checks the losses and keeps the books; a subclass says in `_backward` where the
+gradients come from. Two families do: `LossBalancer` (loss_balancer.py: weights from the losses'
+values, one backward) and `GradientBalancer` (gradient_balancer.py: from per-task gradients).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..checks import check_choice, check_scaler
+from ..errors import NonFiniteError, warn
+from .device import tell_compiler, uncompiled
+from .gradients import Losses, as_list, first_nonfinite, graph_leaves
+from .per_task import take
+
+#: What `Balancer.stats` counts.
+STATS = ("steps", "searches", "backwards", "held", "skipped", "absent", "untouched")
+
+Parameters = Iterable[Tensor]
+#: Task-specific parameters: all of them in one iterable, or one iterable a task, in order or named.
+TaskParameters = Iterable[Tensor] | Sequence[Iterable[Tensor]] | Mapping[str, Iterable[Tensor]]
+
+
+@dataclass
+class Batch:
+    """One call of `backward`, as the methods see it.
+
+    Attributes:
+        values: T scalar losses attached to their graphs; None for an absent task.
+        tasks: indices of the n present tasks, increasing.
+        shared: shared parameters, in a list; None where not given.
+        heads: task-specific parameters as given.
+        last_shared: parameters of the last shared layer, in a list; None where not given.
+        features: the shared representation, one tensor or several in a list; None if not given.
+        closure: recomputes the losses; None where not given.
+        seed: the scale of a GradScaler, a scalar on the losses' device; None without one.
+        listed: what gradients are compared at, and the heads' parameters with their tasks, once
+            somebody looked: the iterables given may be gone through once only.
+    """
+
+    values: list[Tensor | None]
+    shared: list[Tensor] | None
+    heads: TaskParameters | None
+    last_shared: list[Tensor] | None
+    features: list[Tensor] | None
+    closure: Callable[[], Losses] | None
+    seed: Tensor | None = None
+    listed: tuple[list[Tensor], list[tuple[int | None, Tensor]]] | None = None
+
+    def __post_init__(self) -> None:
+        self.tasks = [i for i, value in enumerate(self.values) if value is not None]
+
+    @property
+    def present(self) -> list[Tensor]:
+        """The n losses that are there."""
+        return [value for value in self.values if value is not None]
+
+    @property
+    def losses(self) -> Tensor:
+        """Their values (n,), detached, of at least float32."""
+        stacked = torch.stack([value.detach().reshape(()) for value in self.present])
+        return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+
+
+class Info(Mapping[str, Any]):
+    """What a call of `backward` found out; nothing is copied or waited for until it is read.
+
+    Keys, also attributes:
+        weights: (T,), the weights that the losses of this step got.
+        tasks: names of the tasks, None where they have none.
+        gram: (n, n) float64, inner products of the n tasks' gradients; None between two
+            searches and for methods without one.
+        cosines: (n, n), cosines of the tasks' gradients, computed from `gram` when read; a task
+            without gradient has NaN.
+        status: how the small solver ended ("solved", ...); None where none was called.
+        result: the solver's `fastmto.solvers.Result`; None where none was called.
+        passes: how per-task gradients were taken ("loop", "batched (T at once)", ...); None
+            where none were.
+        skipped: why the step was skipped; None where it was not, and where that is decided on a
+            device: `status` says "not_finite" there.
+
+    Args:
+        result: or a function that makes it, called whenever it is read.
+        status: None: that of the result.
+    """
+
+    _KEYS: ClassVar[tuple[str, ...]] = (
+        "weights", "tasks", "gram", "cosines", "status", "result", "passes", "skipped",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        weights: Tensor | None,
+        tasks: list[str] | None = None,
+        gram: Tensor | None = None,
+        result: Any | Callable[[], Any] = None,
+        status: str | None = None,
+        passes: str | None = None,
+        skipped: str | None = None,
+    ) -> None:
+        self.weights = weights
+        self.tasks = tasks
+        self.gram = gram
+        self.answer(result, status)
+        self.passes = passes
+        self.skipped = skipped
+
+    @property
+    def result(self) -> Any:
+        return self._result() if callable(self._result) else self._result
+
+    @property
+    def status(self) -> str | None:
+        return getattr(self.result, "status", None) if self._status is None else self._status
+
+    def answer(self, result: Any = None, status: str | None = None) -> None:
+        """Take what the solver said."""
+        self._result = result
+        self._status = status
+
+    @property
+    def cosines(self) -> Tensor | None:
+        if self.gram is None:
+            return None
+        lengths = self.gram.diagonal().sqrt()
+        return self.gram / lengths[:, None] / lengths
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._KEYS:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._KEYS)
+
+    def __len__(self) -> int:
+        return len(self._KEYS)
+
+    def __repr__(self) -> str:
+        return f"Info({', '.join(f'{k}={self[k]!r}' for k in self._KEYS if k != 'cosines')})"
+
+
+class Balancer(ABC):
+    """Base of all balancers.
+
+    Args:
+        n_tasks: T; None: found at the first backward.
+        update_weights_every: steps between two searches of weights, N >= 1. The steps between
+            make one backward of the losses weighted as the last search said.
+        on_nonfinite: what a NaN or infinite loss does, and for gradient-level methods a gradient
+            (`GradientBalancer` says which are looked at): "skip" the step (no gradient
+            is written, a warning, `stats["skipped"]`), "raise" NonFiniteError before anything is
+            written, or "ignore" (it goes through). None: "skip" on CPUs, where looking costs
+            nothing; on accelerators, where reading a loss would wait for the device, "ignore"
+            for the losses and "skip" for a Gram matrix that is read anyway.
+
+    With a GradScaler (`backward(..., scaler=scaler)`, of losses that are not scaled) `.grad` is
+    left scaled: `scaler.unscale_(optimizer)` or `scaler.step(optimizer)` divides the scale out,
+    once. Nothing else that comes out is scaled. A step that is not finite then is the scaler's to
+    skip: a NaN or infinite loss with "skip" puts NaN into the `.grad` of all that the step would
+    have moved, is counted in `stats["skipped"]` and changes nothing else here, without a warning.
+    Gradient-level methods do the same for gradients ("raise", too, is about losses alone, as
+    gradients may overflow by the scale). What loss-level methods learn comes from the losses, which
+    are not scaled, and does not wait for what the scaler finds. Learnable parameters belong into
+    the model's optimizer: `scaler.step` refuses an optimizer without any gradient, and they have
+    none in a step that does not search.
+
+    Attributes:
+        weights: (T,) weights of the tasks after the last step; None before T is known.
+        names: of the tasks, once a dict of losses said them.
+        stats: counts of what happened: steps made, searches, backwards (passes through the
+            graph, partial ones included), held (searches without answer that kept the last
+            weights), skipped steps, absent tasks, tasks that did not touch what is shared.
+            Capturable methods count held searches and skipped steps on the device, so that reading
+            waits for it; a step skipped there is one of the steps as well, and replays of a CUDA
+            graph count nothing else.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    #: The name of the method for `fastmto.get`.
+    key: ClassVar[str]
+
+    def __init__(
+        self,
+        n_tasks: int | None = None,
+        *,
+        update_weights_every: int = 1,
+        on_nonfinite: str | None = None,
+    ) -> None:
+        if n_tasks is not None and (type(n_tasks) is not int or n_tasks < 1):
+            raise ValueError(f"n_tasks must be an integer >= 1 or None, got {n_tasks!r}")
+        if type(update_weights_every) is not int or update_weights_every < 1:
+            raise ValueError(
+                f"update_weights_every must be an integer >= 1, got {update_weights_every!r}"
+            )
+        if on_nonfinite is not None:
+            check_choice("on_nonfinite", on_nonfinite, ("skip", "raise", "ignore"))
+        self.update_weights_every = update_weights_every
+        self.on_nonfinite = on_nonfinite
+        self._given_tasks = n_tasks
+        tell_compiler()
+        self.reset()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tell_compiler()
+        self.__dict__.update(state)
+
+    def reset(self) -> None:
+        """Forget everything learned and counted, as freshly built."""
+        self.names: list[str] | None = None
+        self.weights: Tensor | None = None
+        self._counted: dict[str, int] = dict.fromkeys(STATS, 0)
+        self._steps = 0
+        self._found = False  # whether any search has found weights
+        if self._given_tasks is not None:
+            self._set_tasks(self._given_tasks)
+
+    def _set_tasks(self, n_tasks: int) -> None:
+        """Allocate what depends on T. Subclasses extend it."""
+        self.weights = torch.ones(n_tasks, dtype=torch.float64, device="cpu")
+
+    @property
+    def n_tasks(self) -> int | None:
+        """T; None where it was not given and no losses were seen yet."""
+        return None if self.weights is None else len(self.weights)
+
+    @property
+    def stats(self) -> dict[str, int]:
+        return self._counted
+
+    @property
+    def needs_update(self) -> bool:
+        """Whether `update(losses)` belongs after the optimizer's step."""
+        return False
+
+    def parameters(self) -> list[Parameter]:
+        """Learnable parameters of the method, for the user's optimizer; [] for most methods.
+
+        Raises:
+            ValueError: there are some, but T is not known yet.
+        """
+        return []
+
+    @uncompiled
+    def backward(
+        self,
+        losses: Losses,
+        shared_parameters: Parameters | None = None,
+        task_specific_parameters: TaskParameters | None = None,
+        last_shared_parameters: Parameters | None = None,
+        features: Tensor | Sequence[Tensor] | None = None,
+        closure: Callable[[], Losses] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> tuple[Tensor, Info]:
+        """Add the balanced gradients to `.grad`; takes the place of `loss.backward()`.
+
+        All methods take the same arguments and ignore those that they do not need.
+
+        Args:
+            losses: T scalars attached to their graphs: a tensor (T,), a list, a tuple or a dict
+                of named tasks. None, or a name left out of the dict, is a task absent from this
+                batch: its weight and the method's state about it keep still.
+            shared_parameters: what the tasks share; needed by gradient-level methods.
+            task_specific_parameters: the heads', in one iterable, or one iterable a task, or a
+                dict of those for named tasks. None: gradient-level methods walk the graph for all
+                other `torch.nn.Parameter`s, at every step.
+            last_shared_parameters: of the last shared layer, for GradNorm.
+            features: the shared representation (any shape, one tensor or several), for methods
+                that balance there.
+            closure: recomputes the losses on the same batch, for methods that evaluate them
+                elsewhere.
+            scaler: its scale multiplies the gradients on their way through the graph; see
+                `Balancer`. Give the losses as they are, not `scaler.scale(loss)`.
+
+        Returns:
+            The weighted sum of the losses, a detached scalar, and `Info`.
+
+        Raises:
+            ValueError: a wrong number of losses, a loss that is no scalar or not attached to a
+                graph, something that the method needs is missing.
+            NonFiniteError: with `on_nonfinite="raise"`.
+            SolverError: no weights, with `on_failure="raise"` (gradient-level methods).
+        """
+        if isinstance(losses, Mapping) and self.names is None and self._steps:
+            raise ValueError(
+                f"losses must stay a sequence of {self.n_tasks} tasks, as in the steps before: "
+                "names of a dict could mean another order"
+            )
+        values, names = as_list(losses, self.n_tasks, self.names)
+        if self.weights is None:
+            self._set_tasks(len(values))
+        self.names = names
+        batch = Batch(
+            values,
+            as_tensors("shared_parameters", shared_parameters),
+            task_specific_parameters,
+            as_tensors("last_shared_parameters", last_shared_parameters),
+            as_tensors("features", features),
+            closure,
+        )
+        scaler = check_scaler(scaler)
+        if scaler is not None:
+            batch.seed = scaler.scale(torch.ones((), device=batch.present[0].device))
+        if self._looks_at(batch):
+            bad = first_nonfinite(values)
+            if bad is not None:
+                label = f"losses[{names[bad]!r}]" if names else f"losses[{bad}]"
+                return self._refuse(batch, f"{label} is not finite")
+        searches = not self._found or self._steps % self.update_weights_every == 0
+        loss, info = self._backward(batch, searches)
+        if info.skipped is None:
+            self._steps += 1
+            self._counted["steps"] += 1
+            self._counted["absent"] += len(values) - len(batch.tasks)
+        return loss, info
+
+    @abstractmethod
+    def _backward(self, batch: Batch, searches: bool) -> tuple[Tensor, Info]:
+        """Write the gradients; new weights first where `searches`."""
+
+    def _looks_at(self, batch: Batch) -> bool:
+        """Whether the losses are read before they are used."""
+        if self.on_nonfinite is None:
+            return batch.present[0].device.type == "cpu"
+        return self.on_nonfinite != "ignore"
+
+    def _refuse(self, batch: Batch, what: str, *, scaled: bool = False) -> tuple[Tensor, Info]:
+        """Skip this step with nothing written, or raise; a scaler gets NaN to find.
+
+        Args:
+            batch: the call.
+            what: is not finite.
+            scaled: whether the scale of a scaler may be to blame, which is no reason to raise.
+        """
+        self._counted["skipped"] += 1
+        if self.on_nonfinite == "raise" and not (scaled and batch.seed is not None):
+            raise NonFiniteError(f"{what}; no gradient was written")
+        if batch.seed is None:
+            warn(f"step skipped: {what} (stats['skipped'])")
+        else:
+            # Every optimizer has to find some: `scaler.step` looks at each for itself.
+            for p in (*self._moved(batch), *self.parameters()):
+                if p.grad is not None and p.grad.layout is torch.strided:
+                    p.grad.fill_(math.nan)
+                else:
+                    p.grad = torch.full_like(p, math.nan)
+        return self._weighted_sum(batch), Info(self.weights, self.names, skipped=what)
+
+    def _moved(self, batch: Batch) -> Iterable[Tensor]:
+        """What the step writes a `.grad` of, but for the method's own parameters."""
+        return graph_leaves(batch.present, ())
+
+    def _weighted_sum(self, batch: Batch) -> Tensor:
+        losses = batch.losses
+        weights = self._current(batch).to(losses.device, losses.dtype, non_blocking=True)
+        return (weights * losses).sum()  # a product that autocast leaves alone
+
+    def _current(self, batch: Batch) -> Tensor:
+        """The weights (n,) of the present tasks as they stand."""
+        assert self.weights is not None
+        return take(self.weights, batch.tasks)
+
+    def _label(self, task: int) -> str:
+        """How messages call a task."""
+        return f"losses[{task}]" if self.names is None else f"losses[{self.names[task]!r}]"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to continue exactly from here, between two steps."""
+        return {
+            "method": self.key,
+            "steps": self._steps,
+            "found": self._found,
+            "names": self.names,
+            "weights": None if self.weights is None else self.weights.to("cpu", copy=True),
+            "stats": dict(self.stats),
+            "state": {} if self.weights is None else self._state(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`.
+
+        Raises:
+            ValueError: it is another method's, or of another number of tasks or other names.
+        """
+        method = state_dict.get("method")
+        if method != self.key:
+            raise ValueError(f"state_dict must be of the method {self.key!r}, got {method!r}")
+        weights = state_dict["weights"]
+        if None not in (self.n_tasks, weights) and len(weights) != self.n_tasks:
+            raise ValueError(f"state_dict must be of {self.n_tasks} tasks, got {len(weights)}")
+        names = state_dict["names"]
+        if None not in (self.names, names) and self.names != names:
+            raise ValueError(f"state_dict must be of the tasks {self.names}, got {names}")
+        if weights is None:
+            self.reset()
+            return
+        if self.weights is None:
+            self._set_tasks(len(weights))
+        assert self.weights is not None
+        expected, got = set(self._state()), set(state_dict["state"])
+        if expected != got:
+            raise ValueError(f"state must hold {sorted(expected)}, got {sorted(got)}")
+        self._load(state_dict["state"])
+        self.weights = weights.to("cpu", copy=True)  # a map_location moves every tensor of a file
+        self.names = None if names is None else list(names)
+        self._counted = dict(state_dict["stats"])
+        self._steps = state_dict["steps"]
+        self._found = state_dict["found"]
+
+    def _state(self) -> dict[str, Any]:
+        """The method's own part of `state_dict`, copied; T is known."""
+        return {}
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Take over a `_state`, whose keys were checked; raises ValueError before it changes
+        anything. T is known."""
+        return None
+
+    def _options(self) -> dict[str, Any]:
+        """Hyperparameters of the method for `repr`."""
+        return {}
+
+    def __repr__(self) -> str:
+        options = {"n_tasks": self.n_tasks, **self._options()}
+        options["update_weights_every"] = self.update_weights_every
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
+
+
+def as_tensors(name: str, tensors: Tensor | Iterable[Tensor] | None) -> list[Tensor] | None:
+    """A tensor or an iterable of tensors as a list."""
+    if tensors is None:
+        return None
+    listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    for k, tensor in enumerate(listed):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}[{k}] must be a tensor, got {type(tensor).__name__}")
+    return listed

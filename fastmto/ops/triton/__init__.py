@@ -1,0 +1,1 @@
+"""The Triton kernels: the backend of the passes on GPUs."""

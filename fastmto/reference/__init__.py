@@ -1,0 +1,1 @@
+"""Every method in float64 and the papers' notation: what the fast code is tested against."""
