@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 import fastmto
 from fastmto import ops
 from fastmto.balancers import GramBalancer
-from fastmto.engine.buffers import Buffers
+from fastmto.engine.gradient_level import GradientLevel
 
 T = 3
 close = torch.testing.assert_close
@@ -482,7 +482,7 @@ def test_what_a_subclass_does_on_the_host_is_not_left_out(build):
 def test_heads_elsewhere_are_decided_about_on_the_host():
     balancer = fastmto.get("nashmtl")
     x, head = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
-    buffers = Buffers([x], [(0, head)], 2)
+    buffers = GradientLevel([x], [(0, head)], 2)
     assert balancer._why_on_host(2, buffers) is None
     buffers.heads = [(0, nn.Parameter(torch.zeros(2, device="meta")))]
     assert "on another device" in balancer._why_on_host(2, buffers)
@@ -499,7 +499,7 @@ def test_capturable_is_a_truth_value(capturable):
 def test_on_a_cpu_the_host_decides_unless_told_otherwise():
     world = World(fastmto.get("nashmtl", T))
     world.step(0)
-    assert world.balancer._device_search is None
+    assert world.balancer._search.device is None
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's compiler's own
@@ -625,7 +625,7 @@ def test_what_a_capture_used_outlives_the_next_buffers(change, captures, monkeyp
         patch.setattr(module, "capturing", lambda device: captures)
         step(8)
         step(8)
-    buffers, search = balancer._buffers, balancer._device_search
+    buffers, search = balancer._gradient_level, balancer._search.device
     used = [weakref.ref(x) for x in (buffers.gradients.rows[0], buffers._grams, search.weights)]
     del buffers, search
     if change == "load_state_dict":

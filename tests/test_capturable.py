@@ -334,11 +334,11 @@ class Recorded(fastmto.GraphedStep):
         tensors = [
             *(p.data for p in model.parameters()),
             *(m for s in optimizer.state.values() for m in s.values()),
-            *(getattr(optimizer, n) for n in ("_weights", "_raw", "_info", "_outcomes")),
-            *(getattr(optimizer._clock, n) for n in ("counts", "numbers", "found", "tally")),
+            *(getattr(optimizer._search.device, n) for n in ("weights", "raw", "info", "outcomes")),
+            *(getattr(optimizer._level.clock, n) for n in ("counts", "numbers", "found", "tally")),
         ]
         before = [t.clone() for t in tensors]
-        phase, gradients = optimizer._steps, copy.copy(optimizer.gradients.__dict__)
+        phase, gradients = optimizer._search.steps, copy.copy(optimizer.gradients.__dict__)
         with a_capture():  # nothing is copied to the device, and nothing is asked
             losses = step()
         for tensor, value in zip(tensors, before, strict=True):
@@ -346,17 +346,18 @@ class Recorded(fastmto.GraphedStep):
         made: list[Tensor] = list(losses)
 
         def replay() -> None:
-            books = dict(optimizer._counted), optimizer._steps
+            books = dict(optimizer._counted), optimizer._search.steps
             now = copy.copy(optimizer.gradients.__dict__)
-            optimizer._steps = phase
+            optimizer._search.steps = phase
             optimizer.gradients.__dict__.update(gradients)
             with a_capture():
                 again = step()
             optimizer.gradients.__dict__.update(now)
             for there, now in zip(made, again, strict=True):
                 there.copy_(now)
-            optimizer._counted, optimizer._steps = books
-            optimizer._pending = None
+            optimizer._counted.update(books[0])
+            optimizer._search.steps = books[1]
+            optimizer._pending.clear()
 
         self.captures = getattr(self, "captures", 0) + 1
         return Graph(replay, made)
