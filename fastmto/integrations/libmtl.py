@@ -25,13 +25,12 @@ except ImportError as error:
         f"has no torchvision.models.utils ({error})"
     ) from error
 
-from ..balancers import registry
+from ..balancers import NashMTL, registry
 from ..balancers.db_mtl import DBMTL
 from ..balancers.dwa import DWA
 from ..balancers.gradient_balancer import GradientBalancer, GramBalancer
 from ..balancers.gradnorm import GradNorm
 from ..balancers.loss_balancer import LossBalancer
-from ..balancers.nashmtl import NashMTL
 from ..engine.balancer import Balancer, Info
 
 #: LibMTL's names of `weight_args` -> the balancers' own. None: has no counterpart here, because

@@ -335,8 +335,14 @@ class _Scaled(Weighting):
         self.factor = factor
         self.losses: list[Tensor] = []
 
-    def __call__(self, gram: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
-        weights = self.weighting(gram, tasks)
+    @property
+    def needs_losses(self) -> str:
+        return self.weighting.needs_losses
+
+    def __call__(
+        self, gram: Tensor, tasks: Sequence[int] | None = None, **losses: Tensor
+    ) -> Tensor:
+        weights = self.weighting(gram, tasks, **losses)
         self.result = self.weighting.result
         present = self.losses if tasks is None else [self.losses[i] for i in tasks]
         return weights * self.factor(weights, torch.stack(present).to(weights))
