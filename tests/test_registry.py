@@ -136,8 +136,8 @@ def test_a_gram_method_can_be_pickled_and_inherited(key):
 
 def test_an_attribute_is_the_weightings():
     balancer = balancers.NashMTL(max_norm=0.5)
-    balancer.max_norm = 0.25
-    assert balancer.weighting.max_norm == 0.25
+    balancer.weighting.max_norm = 0.25
+    assert balancer.max_norm == 0.25
     with pytest.raises(ValueError, match="level must be 'features', got 'parameters'"):
         balancers.MGDAUB(level="parameters")
 

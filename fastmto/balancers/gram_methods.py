@@ -7,6 +7,7 @@ row in `fastmto/methods.py`, and a class here.
 from __future__ import annotations
 
 import inspect
+import operator
 import re
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -35,9 +36,10 @@ __all__ = [
 
 
 class GramMethod(GramBalancer):
-    """Base of the methods that are a weighting: their arguments are the weighting's own and those
-    of `GradientBalancer`, their docstring is the weighting's, and the weighting's arguments are
-    attributes of the balancer.
+    """Base of the methods that are a weighting.
+
+    Their arguments are the weighting's own, which can be read as attributes, and those of
+    `GradientBalancer`; their docstring is the weighting's.
 
     Class arguments:
         weighting: the class of the weighting; a subclass without it is its parent's method.
@@ -52,13 +54,25 @@ class GramMethod(GramBalancer):
         super().__init_subclass__()
         if weighting is None:
             return
-        parameters = list(inspect.signature(weighting).parameters.values())
-        cls._make = weighting
-        cls._own = tuple(x.name for x in parameters)
-        cls._fixed = fixed
-        for name in cls._own:
-            setattr(cls, name, _option(name))
-        cls.__init__ = _constructor(parameters, fixed)  # type: ignore[method-assign]
+        own = inspect.signature(weighting).parameters
+        cls._make, cls._own, cls._fixed = weighting, tuple(own), fixed
+        for name in own:
+            setattr(cls, name, property(operator.attrgetter(f"weighting.{name}")))
+
+        def __init__(self: GramMethod, n_tasks: int | None = None, **options: Any) -> None:
+            GramMethod.__init__(self, n_tasks, **options)
+
+        this, n_tasks, *rest = inspect.signature(GradientBalancer.__init__).parameters.values()
+        __init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                this,
+                n_tasks,
+                *(x.replace(kind=inspect.Parameter.KEYWORD_ONLY) for x in own.values()),
+                *(x.replace(default=fixed.get(x.name, x.default)) for x in rest),
+            ],
+            return_annotation=None,
+        )
+        cls.__init__ = __init__  # type: ignore[method-assign]
         cls.__doc__ = _docstring(cls, weighting)
 
     def __init__(self, n_tasks: int | None = None, **options: Any) -> None:
@@ -72,57 +86,23 @@ class GramMethod(GramBalancer):
         return self.weighting.hold(gram, weights)
 
 
-def _option(name: str) -> property:
-    """An argument of the weighting as an attribute of the balancer."""
-
-    def get(self: GramMethod) -> Any:
-        return getattr(self.weighting, name)
-
-    def put(self: GramMethod, value: Any) -> None:
-        setattr(self.weighting, name, value)
-
-    return property(get, put, doc=f"`{name}` of the weighting.")
-
-
-def _constructor(own: list[inspect.Parameter], fixed: dict[str, Any]) -> Callable[..., None]:
-    """`GramMethod.__init__` that tells its arguments one by one."""
-
-    def __init__(self: GramMethod, n_tasks: int | None = None, **options: Any) -> None:
-        GramMethod.__init__(self, n_tasks, **options)
-
-    this, n_tasks, *rest = inspect.signature(GradientBalancer.__init__).parameters.values()
-    keywords = [x.replace(kind=inspect.Parameter.KEYWORD_ONLY) for x in own]
-    rest = [x.replace(default=fixed.get(x.name, x.default)) for x in rest]
-    __init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [this, n_tasks, *keywords, *rest], return_annotation=None
-    )
-    return __init__
-
-
 def _docstring(cls: type[GramMethod], weighting: type[Weighting]) -> str | None:
     """The weighting's docstring with the balancer's first line, arguments and example."""
     if weighting.__doc__ is None:  # python -OO
         return None
-    _, _, text = inspect.cleandoc(weighting.__doc__).partition("\n\n")
-    text = text.partition("\n\nExample:")[0]
-    about, *sections = re.split(r"^(Args|Attributes|Raises):\n", text, flags=re.MULTILINE)
-    named = dict(zip(sections[::2], (x.rstrip("\n") for x in sections[1::2]), strict=True))
+    text = inspect.cleandoc(weighting.__doc__).partition("\n\nExample:")[0].partition("\n\n")[2]
+    about, *sections = re.split(r"\n*^(Args|Attributes|Raises):\n", text, flags=re.MULTILINE)
+    named = dict(zip(sections[::2], sections[1::2], strict=True))
     features = ", features=z" if cls._fixed.get("level") == "features" else ""
     paragraphs = [
         f"{cls.__name__}: {methods.find(cls.key).what}.",
-        about.strip("\n"),
+        about,
         inspect.cleandoc(cls.__doc__ or ""),
-        "\n".join(
-            [
-                "Args:",
-                "    n_tasks: T; None: found at the first backward.",
-                *([named["Args"]] if "Args" in named else []),
-                "    options: update_weights_every, level, heads, passes, ... as "
-                "`GradientBalancer`.",
-            ]
-        ),
-        "Attributes:\n    weighting: the `fastmto.weightings."
-        f"{weighting.__name__}` with these arguments; they are attributes here, too.",
+        "Args:\n    n_tasks: T; None: found at the first backward.\n"
+        + (f"{named['Args']}\n" if "Args" in named else "")
+        + "    options: update_weights_every, level, heads, ... as `GradientBalancer`.",
+        f"Attributes:\n    weighting: `fastmto.weightings.{weighting.__name__}`; its arguments are "
+        "attributes here, too.",
         f"Raises:\n{named['Raises']}" if "Raises" in named else "",
         f"Example:\n    balancer = fastmto.balancers.{cls.__name__}(update_weights_every=10)\n"
         "    optimizer.zero_grad()\n"
