@@ -662,7 +662,7 @@ def test_a_capture_reads_nothing_and_keeps_nothing(monkeypatch):
     linear(balancer, x, [None, [1.0, 0.0], [-1.0, 0.0]])
     modules = [
         importlib.import_module(f"fastmto.{name}")
-        for name in ("balancers.gradient_balancer", "device")
+        for name in ("balancers.gradient_balancer", "engine.device")
     ]
     with monkeypatch.context() as patch:
         for module in modules:
