@@ -95,9 +95,9 @@ class BalancerWeighting(AbsWeighting):
 
     With `rep_grad=True` gradients are compared at the representations, one pass through the
     encoder per step. As in LibMTL a task's gradient is summed over the batch before: the Gram
-    matrix is that of a common shift of all representations. A method that does not combine gradients by
-    weights (GradDrop, DB-MTL) takes the representation as it is and needs it to be one for all
-    tasks.
+    matrix is that of a common shift of all representations. A method that does not combine
+    gradients by weights (GradDrop, DB-MTL) takes the representation as it is and needs it to be
+    one for all tasks.
 
     Differences from LibMTL's methods of the same names: RLW's and Aligned-MTL's weights are T
     times and 1/T times LibMTL's; MGDA's normalised gradients only serve to find weights; GradDrop
