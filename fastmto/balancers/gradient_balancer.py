@@ -202,8 +202,8 @@ class GradientBalancer(Balancer):
     @property
     def stats(self) -> dict[str, int]:
         search, counted = self._search, dict(self._counted)
-        counted["searches"] += search.counts["searches"]
-        counted["held"] += search.counted["held"]
+        for name in ("searches", "held"):
+            counted[name] += search.counted[name]
         counted["skipped"] += search.skipped
         return counted
 
@@ -566,8 +566,9 @@ class GramBalancer(DecidesOnHost, GradientBalancer):
         **options: Unpack[GradientOptions],
     ) -> None:
         # A weighting that needs the losses is called with them by the method that has it.
-        known = isinstance(weighting, Weighting)
-        self.weighting = weighting if known else as_weighting(weighting)
+        if not isinstance(weighting, Weighting):
+            weighting = as_weighting(weighting)
+        self.weighting = weighting
         super().__init__(n_tasks, **options)
 
     def reset(self) -> None:

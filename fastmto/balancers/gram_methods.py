@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .. import methods, weightings
 from ..engine.balancer import Batch
-from ..engine.buffers import Buffers
 from ..weightings import DeviceSolver, Weighting
 from .gradient_balancer import GradientBalancer, GramBalancer
 
@@ -82,9 +81,6 @@ class GramMethod(GramBalancer):
                 raise ValueError(f"{name} must be {value!r}, got {options[name]!r}")
         super().__init__(type(self)._make(**own), n_tasks, **options)
 
-    def _hold(self, gram: Tensor, weights: Tensor) -> Tensor:
-        return self.weighting.hold(gram, weights)
-
 
 def _docstring(cls: type[GramMethod], weighting: type[Weighting]) -> str | None:
     """The weighting's docstring with the balancer's first line, arguments and example."""
@@ -124,7 +120,7 @@ class MGDA(GramMethod, weighting=weightings.MGDA):
         losses = torch.tensor([values[i] for i in active], dtype=torch.float64)
         return self.weighting(gram, active, losses=losses)
 
-    def _device_solver(self, n_tasks: int) -> DeviceSolver | None:
+    def device_solver(self, n_tasks: int) -> DeviceSolver | None:
         # `_solve` does on the host what the weighting alone does: it needs no losses there.
         return self.weighting.device_solver(n_tasks)
 
@@ -178,8 +174,3 @@ class AlignedMTL(GramMethod, weighting=weightings.AlignedMTL):
     """Without `eps` it is that of the gradients' dtype, of several the widest."""
 
     key = "aligned_mtl"
-
-    def _weigh(self, buffers: Buffers, active: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
-        # The Gram matrix is float64, the rounding in it that of the rows.
-        self.weighting.rounding = max(torch.finfo(x.dtype).eps for x in buffers.layouts)
-        return super()._weigh(buffers, active, batch)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -47,6 +48,15 @@ def laid_like(tensor: Tensor, model: Tensor) -> Tensor:
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Moments are float32, or float64 for float64 parameters."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def own_storage(view: Tensor) -> Tensor:
+    """The same memory as a tensor whose storage covers just itself.
+
+    Savers group tensors by storage: of slices of one buffer they write one, or the whole buffer.
+    """
+    alias: Tensor = torch.utils.dlpack.from_dlpack(view.detach())
+    return alias
 
 
 def _aligned_zeros(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:

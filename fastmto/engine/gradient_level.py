@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import ops
-from .flat import FlatLayout, is_dense, state_dtype
+from .flat import FlatLayout, is_dense, own_storage, state_dtype
 from .gradients import TaskGradients
 from .survey import Head
 
@@ -54,6 +54,8 @@ class GradientLevel:
         self.numel = sum(layout.numel for layout in self.layouts)
         self.dtypes = {*dtypes, *(p.dtype for _, p in heads)}
         ops.backend(self.device)  # raises where there is none
+        self._joint_views = [own_storage(view) for view in self.gradients.views(self.joint)]
+        self._head_views = [[own_storage(x) for x in v] for v in self.gradients.head_views]
         self._grams = torch.zeros(
             len(dtypes), n_tasks, n_tasks, dtype=torch.float64, device=self.device
         )
@@ -176,14 +178,6 @@ class GradientLevel:
                 for view in self._head_views[h]:  # what lies between tensors stays 0
                     view.mul_(head_weights[owner])
         _add((self.heads[h][1], self._head_views[h][0]) for h in filled)
-
-    @property
-    def _joint_views(self) -> list[Tensor]:
-        return self.gradients.views(self.joint)
-
-    @property
-    def _head_views(self) -> list[list[Tensor]]:
-        return self.gradients.head_views
 
     def known_heads(self) -> dict[str, Any]:
         """What is known of the heads' tasks, for a `state_dict`."""

@@ -35,8 +35,11 @@ def check_parameter(label: str, p: object) -> Parameter:
     shape = tuple(p.shape)
     if not p.is_floating_point():
         raise ValueError(f"{label} (shape {shape}) must be of a real floating dtype, got {p.dtype}")
-    if not p.is_leaf:
-        raise ValueError(f"{label} (shape {shape}) must be a leaf, not computed from others")
+    # A frozen Parameter may be listed: it is unchanged until it requires grad.
+    if not p.is_leaf or not (p.requires_grad or isinstance(p, Parameter)):
+        raise ValueError(
+            f"{label} (shape {shape}) must be a Parameter or a leaf that requires grad"
+        )
     if p.layout is not torch.strided or not is_dense(p):
         raise ValueError(
             f"{label} (shape {shape}) must fill its memory without gaps or overlaps, got "

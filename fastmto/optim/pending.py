@@ -49,10 +49,10 @@ class Pending:
         """Put the gradients into `.grad`."""
         gradients = level.gradients
         assert gradients is not None
-        self._shown = list(zip(gradients.shared, gradients.views(0), strict=True))
+        self._shown = list(zip(gradients.shared, level.shown, strict=True))
         self._n_shared = len(self._shown)
         for store, views, filled in zip(
-            level.heads, gradients.head_views, gradients.filled, strict=True
+            level.heads, level.head_shown, gradients.filled, strict=True
         ):
             members = store.flat.parameters
             self._shown += zip(members, views if filled else [None] * len(members), strict=True)
@@ -89,11 +89,9 @@ class Pending:
                     "unbalanced=loss), or call zero_grad() of this optimizer before"
                 )
 
-    def check_unchanged(self, unscaled: bool) -> None:
-        """Before the step: what `backward` left in `.grad` is still that.
-
-        Args:
-            unscaled: whether `scaler.unscale_(optimizer)` was called since.
+    def check_unchanged(self) -> None:
+        """Before the step: what `backward` left in `.grad` is still that. A GradScaler's `unscale_`
+        does not count: it writes behind autograd's back.
 
         Raises:
             RuntimeError: naming the arguments that do what was probably meant.
@@ -105,7 +103,7 @@ class Pending:
                 # A head's `.grad` is what is applied: a change of it takes effect.
                 changed = p.grad is not grad and (p.requires_grad or p.grad is not None)
             else:
-                changed = not self._is_as_shown(k, writes=int(unscaled))
+                changed = not self._is_as_shown(k)
             if changed:
                 raise RuntimeError(
                     f"the .grad of a parameter of shape {tuple(p.shape)} was changed between "
@@ -115,12 +113,12 @@ class Pending:
                     "zero_grad() of this optimizer"
                 )
 
-    def _is_as_shown(self, k: int, writes: int = 0) -> bool:
+    def _is_as_shown(self, k: int) -> bool:
         p, grad = self._shown[k]
         now = p.grad
         if now is None or grad is None:
             return now is None and (grad is None or not p.requires_grad)
-        return now is grad and now._version == self._versions[k] + writes
+        return now is grad and now._version == self._versions[k]
 
     def unscale(self, optimizer: UpdateBalancer) -> Tensor | None:
         """Divide a GradScaler's scale out of the gradients, which tells it what is not finite.
@@ -147,7 +145,7 @@ class Pending:
             )
         # Without a scale the caller has called `scaler.unscale_(optimizer)`, which saw `.grad`.
         unscaled = scaler is not None and optimizer.grad_scale is None  # type: ignore[attr-defined]
-        self.check_unchanged(unscaled)
+        self.check_unchanged()
         if scaler is None:
             return None
         # The scaler knows it by its identity until the next step.

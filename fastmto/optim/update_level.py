@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 from .. import ops
 from ..engine.device import Constants, upload
-from ..engine.flat import FlatParameters, state_dtype
+from ..engine.flat import FlatParameters, own_storage, state_dtype
 from ..engine.gradients import TaskGradients
 from .group_rules import GroupRules, check_state_names
 from .groups import check_lr
@@ -331,6 +331,9 @@ class UpdateLevel:
             for row, count in enumerate(known[: store.clock_rows]):
                 self.clock.counts[store.rows.start + row] = count
             store.frozen = ()  # the runs show the memory of before
+        #: What `.grad` shows: of the shared parameters the first row, of each head its gradient.
+        self.shown = [own_storage(view) for view in gradients.views(0)]
+        self.head_shown = [[own_storage(x) for x in views] for views in gradients.head_views]
         self.one = torch.ones(1, dtype=torch.float64, device=self.device)
         self.gradients = gradients
         self.refreeze()

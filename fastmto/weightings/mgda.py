@@ -63,7 +63,7 @@ class MGDA(SolverWeighting):
         """As `Weighting`; losses (n,) of the tasks, positive, for "loss" and "loss+"."""
         if not self.needs_losses:
             return super().__call__(gram, tasks)
-        if losses is None or losses.shape != (len(gram),) or not bool((losses > 0).all()):
+        if losses is None or losses.shape != (len(gram),) or bool((losses <= 0).any()):
             raise ValueError(
                 f"losses must be {len(gram)} positive numbers: {self.needs_losses}; got {losses}"
             )
