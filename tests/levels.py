@@ -300,6 +300,10 @@ class Driver:
         weights = self.method.state_dict()["weights"]
         return {"model": copy.deepcopy(self.model.state_dict()), "weights": weights}
 
+    def step_back(self, steps: int) -> None:
+        """Take back steps of the phase of searches."""
+        self.method._steps -= steps
+
     def counts(self, exact: bool = True) -> dict[str, int]:
         """`stats`, without the passes that only the device needs unless `exact`."""
         return {k: n for k, n in self.stats.items() if exact or k != "backwards"}
@@ -344,6 +348,9 @@ class UpdateDriver(Driver):
     def load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.method.load_state_dict(state["method"])
+
+    def step_back(self, steps: int) -> None:
+        self.method._search.steps -= steps
 
     def settled(self) -> dict[str, Any]:
         state = copy.deepcopy(self.method.state_dict())

@@ -26,7 +26,7 @@ from fastmto.optim.graphed import Graph
 close = torch.testing.assert_close
 NASH = ON_DEVICE[0]
 #: Modules that ask whether a graph is being captured.
-ASK = ("engine.device", "engine.gradients", "optim.update_balancer", "balancers.gradient_balancer")
+ASK = ("engine.device", "engine.search", "optim.update_balancer", "balancers.gradient_balancer")
 
 
 @contextmanager
@@ -90,11 +90,11 @@ class Recorded(fastmto.GraphedStep):
         tensors = [
             *(p.data for group in optimizer.param_groups for p in group["params"]),
             *(m for s in optimizer.state.values() for m in s.values()),
-            *(getattr(optimizer, n) for n in ("_weights", "_raw", "_info", "_outcomes")),
-            *(getattr(optimizer._clock, n) for n in ("counts", "numbers", "found", "tally")),
+            *(getattr(optimizer._search.device, n) for n in ("weights", "raw", "info", "outcomes")),
+            *(getattr(optimizer._level.clock, n) for n in ("counts", "numbers", "found", "tally")),
         ]
         before = [t.clone() for t in tensors]
-        phase, gradients = optimizer._steps, copy.copy(optimizer.gradients.__dict__)
+        phase, gradients = optimizer._search.steps, copy.copy(optimizer.gradients.__dict__)
         with a_capture():  # nothing is copied to the device, and nothing is asked
             losses = step()
         for tensor, value in zip(tensors, before, strict=True):
@@ -102,17 +102,18 @@ class Recorded(fastmto.GraphedStep):
         made: list[Tensor] = list(losses)
 
         def replay() -> None:
-            books = dict(optimizer._counted), optimizer._steps
+            books = dict(optimizer._counted), optimizer._search.steps
             now = copy.copy(optimizer.gradients.__dict__)
-            optimizer._steps = phase
+            optimizer._search.steps = phase
             optimizer.gradients.__dict__.update(gradients)
             with a_capture():
                 again = step()
             optimizer.gradients.__dict__.update(now)
             for there, now in zip(made, again, strict=True):
                 there.copy_(now)
-            optimizer._counted, optimizer._steps = books
-            optimizer._pending = None
+            optimizer._counted.update(books[0])
+            optimizer._search.steps = books[1]
+            optimizer._pending.clear()
 
         self.captures += 1
         return Graph(replay, made)
@@ -203,11 +204,11 @@ def test_a_capture_that_fails_leaves_the_books_as_they_were(graphed):
 
     one, step = graphed(every(1), losses)
     step(batch(0))
-    before = one.stats, one.optimizer._steps
+    before = one.stats, one.optimizer._search.steps
     fails.append(True)
     with pytest.raises(ArithmeticError):
         step(batch(1))
-    assert (one.stats, one.optimizer._steps) == before
+    assert (one.stats, one.optimizer._search.steps) == before
     fails.clear()
     step(batch(1))
     assert one.stats["steps"] == 2
@@ -320,7 +321,7 @@ def test_what_a_capture_used_outlives_the_next_buffers(change, captures):
     with a_capture(captures):
         step(8)
         step(8)
-    buffers, search = balancer._buffers, balancer._device_search
+    buffers, search = balancer._gradient_level, balancer._search.device
     used = [weakref.ref(x) for x in (buffers.gradients.rows[0], buffers._grams, search.weights)]
     del buffers, search
     if change == "load_state_dict":
