@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import pickle
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,15 +42,20 @@ PENDING = {
 
 @dataclass(frozen=True)
 class Update:
-    """An optimizer of the update level and its options."""
+    """An optimizer of the update level and its options.
+
+    `flat`: the heads come in one list, without their tasks.
+    """
 
     options: dict[str, Any] = field(default_factory=dict)
     kind: type[fastmto.PUB] | type[fastmto.AdaTask] = fastmto.PUB
+    flat: bool = False
     level: str = "update"
     key: str = "pub"
 
     def build(self, shared: Any, heads: Any, **options: Any) -> Any:
         options = {"lr": 0.01, **copy.deepcopy(self.options), **options}
+        heads = [p for head in heads for p in head] if self.flat else heads
         return self.kind(shared, heads, **options)
 
     @property
@@ -59,7 +65,7 @@ class Update:
 
     def __str__(self) -> str:
         options = ",".join(f"{k}={v}" for k, v in self.options.items())
-        return f"{self.kind.__name__}({options})"
+        return f"{self.kind.__name__}({options}){'flat' * self.flat}"
 
 
 class Fixed(GramBalancer):
@@ -282,6 +288,16 @@ class Driver:
     def load(self, state: dict[str, Any]) -> None:
         for name in ("model", "method", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
+
+    def twin(self, how: str) -> Driver:
+        """A copy of model, method and optimizer, by "pickle" or "deepcopy"."""
+        parts = self.model, self.method, self.optimizer
+        twin = copy.copy(self)
+        copied = copy.deepcopy(parts) if how == "deepcopy" else pickle.loads(pickle.dumps(parts))
+        twin.model, twin.method, twin.optimizer = copied
+        twin.shared = list(twin.model.trunk.parameters())
+        twin.heads = twin.model.head_parameters()
+        return twin
 
     def snapshot(self) -> dict[str, Any]:
         """What a skipped step leaves alone: everything but its count."""
