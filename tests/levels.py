@@ -12,10 +12,11 @@ import dataclasses
 import math
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from balancer_cases import CASES, BalancerCase, same
 from problems import net
@@ -29,14 +30,11 @@ from fastmto.weightings import MGDA, Bargaining, Constant, Equal
 
 #: Tasks of every row.
 T = 3
-#: Features whose tests wait for them; take a name out when it lands.
+#: (feature, family) that are still to come; take a pair out when it lands.
 PENDING = {
-    "retain_graph",
-    "unbalanced",
-    "clip",
-    "changed_grad",
-    "freezing",
-    "accumulate",
+    (feature, family)
+    for feature in ("retain_graph", "unbalanced")
+    for family in ("loss", "marigold")
 }
 
 
@@ -135,6 +133,19 @@ BALANCERS = [
 Row = Update | BalancerCase
 
 
+def rows_for(feature: str, rows: Sequence[Row]) -> list[Any]:
+    """Parameters of a test of `feature`; those it is still to come for may fail."""
+    pending = pytest.mark.xfail(strict=False, reason=f"{feature} is still to come here")
+    return [
+        pytest.param(row, marks=[pending] if (feature, family(row)) in PENDING else [], id=str(row))
+        for row in rows
+    ]
+
+
+def family(row: Row) -> str:
+    return row.key if row.key == "marigold" else row.level
+
+
 def on_device(row: Row) -> Row:
     """The row, its decisions made on the device."""
     label = {} if isinstance(row, Update) else {"label": f"{row.label} capturable".strip()}
@@ -157,6 +168,8 @@ class Driver:
         dtype, device: of model and data.
         scale: a GradScaler starts with; None: no scaler.
         scaling: further options of the scaler.
+        frozen: which parameters are, at construction.
+        leave_out: the frozen parameters are not listed either.
         options: of the method, beside the row's.
 
     Attributes:
@@ -174,12 +187,21 @@ class Driver:
         *,
         scale: float | None = None,
         scaling: dict[str, Any] | None = None,
+        frozen: Callable[[Driver], list[nn.Parameter]] | None = None,
+        leave_out: bool = False,
         **options: Any,
     ) -> None:
         self.row, self.dtype, self.device = row, dtype, device
         self.model = net(1, n_tasks=T).to(device, dtype)
         self.shared = list(self.model.trunk.parameters())
         self.heads = self.model.head_parameters()
+        still = frozen(self) if frozen else []
+        for p in still:
+            p.requires_grad_(False)
+        if leave_out:
+            ids = {id(p) for p in still}
+            self.shared = [p for p in self.shared if id(p) not in ids]
+            self.heads = [[p for p in head if id(p) not in ids] for head in self.heads]
         self._build(options)
         self.scaler: torch.amp.GradScaler | None = None
         if scale:
