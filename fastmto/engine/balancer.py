@@ -25,7 +25,8 @@ from torch.nn import Parameter
 from ..checks import check_choice, check_scaler
 from ..errors import NonFiniteError, warn
 from .device import tell_compiler, uncompiled
-from .gradients import Losses, as_list, first_nonfinite, graph_leaves
+from .graph import graph_leaves
+from .losses import Losses, as_list, first_nonfinite
 from .per_task import take
 
 #: What `Balancer.stats` counts.

@@ -120,7 +120,7 @@ class GradientLevel:
 
     def finite_heads(self) -> Tensor:
         """Whether the heads' gradients are finite, a boolean on the device."""
-        heads = zip(self.gradients.head_rows, self.gradients.filled, strict=True)
+        heads = zip(self.gradients.head_rows, self.gradients.has_grad, strict=True)
         return self._finite(rows for rows, on in heads if on)
 
     def _finite(self, grads: Iterable[Tensor]) -> Tensor:
@@ -157,7 +157,9 @@ class GradientLevel:
         gradients = self.gradients
         hits = [
             (p, view)
-            for p, view, hit in zip(self._targets, self._joint_views, gradients.hits, strict=True)
+            for p, view, hit in zip(
+                self._targets, self._joint_views, gradients.reached_now, strict=True
+            )
             if hit
         ]
         if not self.at_features:
@@ -169,10 +171,10 @@ class GradientLevel:
                 inputs=self._trunk,
                 retain_graph=retain,
             )
-        filled = [h for h, on in enumerate(gradients.filled) if on]
+        filled = [h for h, on in enumerate(gradients.has_grad) if on]
         if head_weights is not None:
             for h in filled:
-                owner = gradients.owners[h]
+                owner = gradients.ownership.owners[h]
                 if owner is None:  # not finite, so that it is not known whose
                     continue
                 for view in self._head_views[h]:  # what lies between tensors stays 0
@@ -181,20 +183,13 @@ class GradientLevel:
 
     def known_heads(self) -> dict[str, Any]:
         """What is known of the heads' tasks, for a `state_dict`."""
-        gradients = self.gradients
-        return {
-            "shapes": [tuple(p.shape) for _, p in self.heads],
-            "owners": list(gradients.owners),
-            "inspected": list(gradients.inspected),
-            "reaches": list(gradients.reaches),
-        }
+        shapes = [tuple(p.shape) for _, p in self.heads]
+        return {"shapes": shapes, **self.gradients.ownership.state()}
 
     def take_known_heads(self, known: Mapping[str, Any]) -> None:
         """Take over `known_heads` of earlier buffers, if it is of heads like these."""
         if known and known["shapes"] == [tuple(p.shape) for _, p in self.heads]:
-            self.gradients.owners = list(known["owners"])
-            self.gradients.inspected = list(known["inspected"])
-            self.gradients.reaches = list(known["reaches"])
+            self.gradients.ownership.load(known)
 
 
 def _add(grads: Iterable[tuple[Tensor, Tensor]]) -> None:

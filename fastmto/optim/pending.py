@@ -52,7 +52,7 @@ class Pending:
         self._shown = list(zip(gradients.shared, level.shown, strict=True))
         self._n_shared = len(self._shown)
         for store, views, filled in zip(
-            level.heads, level.head_shown, gradients.filled, strict=True
+            level.heads, level.head_shown, gradients.has_grad, strict=True
         ):
             members = store.flat.parameters
             self._shown += zip(members, views if filled else [None] * len(members), strict=True)
@@ -160,9 +160,9 @@ class Pending:
         assert gradients is not None
         if self.kind == "refused":
             return [torch.full((1,), math.inf, device=level.device)]  # like the loss
-        rows = 1 if self.kind == "weighted" else len(gradients.touched) + self.extra
+        rows = 1 if self.kind == "weighted" else len(gradients.reached_shared) + self.extra
         if not unscaled:
-            filled = zip(gradients.head_rows, gradients.filled, strict=True)
+            filled = zip(gradients.head_rows, gradients.has_grad, strict=True)
             heads = [head[0] for head, on in filled if on]
             return [*(row for each in gradients.rows for row in each[:rows]), *heads]
         # Of frozen and unreached parameters `.grad` shows nothing, and their rows are 0.

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..checks import check_choice, check_scaler
 from ..engine.device import capturing, tell_compiler, uncompiled
-from ..engine.gradients import Losses, TaskGradients, as_list, first_nonfinite
+from ..engine.gradients import TaskGradients
+from ..engine.losses import Losses, as_list, first_nonfinite
 from ..engine.search import SCALES, Search
 from ..engine.survey import survey
 from ..errors import NonFiniteError, warn
@@ -348,17 +349,18 @@ class UpdateBalancer(torch.optim.Optimizer):
                 weights if self.capturable else weights.tolist(),
                 seed=seed,
                 divides=self._divides(pending.scaler),
-                retain=retain_graph,
-                unbalanced=unbalanced,
+                retain=retain_graph or unbalanced is not None,
             )
+            if unbalanced is not None:
+                gradients.extra(unbalanced, row=0, seed=seed, retain=retain_graph)
         self._counted["backwards"] += gradients.backwards - before
-        if not any(gradients.reached):
+        if not any(gradients.ever_reached):
             raise RuntimeError(
                 "no loss reaches the shared parameters: they are not what the model computes with"
             )
         if self._search.steps == 0:
             self._survey(values)
-        if not any(gradients.touched):
+        if not any(gradients.reached_shared):
             warn("no task of this step reaches the shared parameters (stats['untouched'])")
         pending.show(level)
 
@@ -378,8 +380,8 @@ class UpdateBalancer(torch.optim.Optimizer):
         """At the first step: what the graph says of the parameters that were listed."""
         level, gradients = self._level, self._level.gradients
         assert gradients is not None
-        if not all(gradients.reached):
-            missed = [k for k, on in enumerate(gradients.reached) if not on]
+        if not all(gradients.ever_reached):
+            missed = [k for k, on in enumerate(gradients.ever_reached) if not on]
             warn(
                 f"no task of the first step reaches shared_parameters {missed}: unused, frozen, or "
                 "hidden by a checkpoint (which needs use_reentrant=False); their gradient is zero"
@@ -438,11 +440,11 @@ class UpdateBalancer(torch.optim.Optimizer):
         if gradients is None:
             return True
         present = (
-            range(len(gradients.reaches))
+            range(len(gradients.ownership.reaches))
             if values is None
             else [i for i, value in enumerate(values) if value is not None]
         )
-        return self._search.is_due([i for i in present if gradients.reaches[i]])
+        return self._search.is_due([i for i in present if gradients.ownership.reaches[i]])
 
     def _has_settled(self) -> bool:
         """Whether the steps to come depend on nothing that is still to be found."""
@@ -507,8 +509,8 @@ class UpdateBalancer(torch.optim.Optimizer):
             return
         gradients = level.gradients
         assert gradients is not None
-        active = [i for i, on in enumerate(gradients.touched) if on]
-        n_tasks = len(gradients.touched)
+        active = [i for i, on in enumerate(gradients.reached_shared) if on]
+        n_tasks = len(gradients.reached_shared)
         searches = bool(active) and kind == "per_task" and self._searches()
         # Before the first weights are found there are none to go by.
         delayed = searches and self._is_delayed()
@@ -550,9 +552,9 @@ class UpdateBalancer(torch.optim.Optimizer):
         self._search.steps += 1
         if not self.capturable:
             self._counted["steps"] += 1
-        present = gradients.present.count(True)
+        present = gradients.took_part.count(True)
         self._counted["absent"] += n_tasks - present
-        self._counted["untouched"] += present - gradients.touched.count(True)
+        self._counted["untouched"] += present - gradients.reached_shared.count(True)
 
     def _phase(self) -> int:
         """The steps that the search phase goes by, those that CUDA graphs made included."""

@@ -367,8 +367,8 @@ class UpdateLevel:
         """
         gradients = self.gradients
         assert gradients is not None
-        filled = gradients.filled
-        on_tasks = gradients.touched if self.adatask else [True]
+        filled = gradients.has_grad
+        on_tasks = gradients.reached_shared if self.adatask else [True]
         kinds = self.set_clock([*on_tasks * len(self.shared), *filled], lr_factor)
         shared = [run for store in self.shared for run in store.runs] if reached else []
         heads = [
