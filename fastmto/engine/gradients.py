@@ -83,8 +83,6 @@ class TaskGradients:
         self.ownership = Ownership(owners, shapes, n_tasks)
         self.ever_reached = [False] * len(self.shared)
         dtypes = {layout.dtype for layout in (*layouts, *heads)}
-        #: Whether scaling many tensors at once rounds as scaling them one by one does.
-        self._scales_at_once = dtypes <= {torch.float32, torch.float64}
         self._floor = max(SMALLEST_WEIGHT.get(d, SMALLEST_WEIGHT_ELSE) for d in dtypes)
         self._views = [
             [
@@ -99,7 +97,6 @@ class TaskGradients:
         ]
         self._seed: Tensor | None = None
         self._inputs: dict[tuple[bool, tuple[int, ...]], _Inputs] = {}
-        self._frozen: list[bool] = []
         self._starts: dict[tuple[object, ...], Tensor] = {}
         self.clear()
 
@@ -157,7 +154,7 @@ class TaskGradients:
         Raises:
             RuntimeError: an operation of the model cannot be batched; nothing has been taken.
         """
-        self._begin(seed)
+        self._seed = seed
         for i, loss in enumerate(losses):
             if loss is None and i not in self._written:
                 torch._foreach_zero_(self._views[i])
@@ -196,7 +193,7 @@ class TaskGradients:
             divides: whether the weights are such that they can be divided out. If they are not
                 (a tensor with zeros), the heads get a backward of their own, down to the heads.
         """
-        self._begin(seed)
+        self._seed = seed
         present = [(i, loss) for i, loss in enumerate(losses) if loss is not None]
         shares: Sequence[float | Tensor]
         if isinstance(weights, Tensor):
@@ -232,24 +229,21 @@ class TaskGradients:
             row: where the gradient of the shared parameters goes.
             seed, retain: as in `per_task`.
         """
-        self._begin(seed)
+        self._seed = seed
         heads = range(len(self._heads))
         grads, head_grads = self._backward([loss], [1.0], heads, retain=retain)
         self._take([], grads, row=row)
         for h, own in head_grads.items():
             self._take_head(h, own)
 
-    def _begin(self, seed: Tensor | None) -> None:
-        self._seed = seed
-        frozen = [not p.requires_grad for p in self.shared]
-        frozen += [not p.requires_grad for members in self._heads for p in members]
-        if frozen != self._frozen:
-            self._frozen = frozen
-            self._inputs.clear()
-            for views in self._views:
-                for view, is_frozen in zip(views, frozen, strict=False):
-                    if is_frozen:
-                        view.zero_()
+    def refreeze(self) -> None:
+        """Look at the parameters' `requires_grad` again: frozen ones have no gradients, and their
+        pieces of the rows are 0."""
+        self._inputs.clear()
+        for views in self._views:
+            for view, p in zip(views, self.shared, strict=True):
+                if not p.requires_grad:
+                    view.zero_()
 
     def _joint_pass(
         self,
@@ -273,15 +267,9 @@ class TaskGradients:
         weights = [shares[i] for i in joint]
         inputs = self._inputs_for(heads)
         flat = self._differentiate(values, weights, inputs, retain=retain)
-        if (
-            self._scales_at_once
-            and not isinstance(shares[0], Tensor)
-            and self._take_at_once(list(joint), flat, inputs, heads, row)
-        ):
-            # Everything is reached, as nearly always: one copy, one scaling of the heads.
-            if heads:
-                own_targets = self._targets(inputs, row)[len(inputs.shared) :]
-                torch._foreach_mul_(own_targets, [1 / shares[owners[h]] for h, _ in inputs.heads])  # type: ignore[index, misc]
+        if self._take_at_once(list(joint), flat, inputs, heads, row):
+            for h in heads:
+                self.head_rows[h].mul_(1 / shares[owners[h]])  # type: ignore[index]
             return
         grads, head_grads = self._sorted(flat, inputs, heads)
         self._take(list(joint), grads, row=row)

@@ -30,7 +30,19 @@ def as_list(
         ValueError: the wrong number of losses, an unknown name, a loss that is no scalar tensor
             or is not attached to a graph, or no loss at all.
     """
-    if isinstance(losses, Mapping):
+    named = False
+    values: list[Tensor | None]
+    if isinstance(losses, list | tuple):
+        values = list(losses)
+    elif isinstance(losses, Tensor):
+        if losses.dim() != 1:
+            raise ValueError(
+                "losses must be a tensor of shape (T,), a sequence or a dict, got a tensor of "
+                f"shape {tuple(losses.shape)}"
+            )
+        values = list(losses.unbind())
+    elif isinstance(losses, Mapping):
+        named = True
         if names is None:
             names = list(losses)
             if n_tasks is not None and len(names) != n_tasks:
@@ -39,13 +51,6 @@ def as_list(
         if unknown:
             raise ValueError(f"losses must name tasks of {list(names)}, got also {unknown}")
         values = [losses.get(name) for name in names]
-    elif isinstance(losses, Tensor):
-        if losses.dim() != 1:
-            raise ValueError(
-                "losses must be a tensor of shape (T,), a sequence or a dict, got a tensor of "
-                f"shape {tuple(losses.shape)}"
-            )
-        values = list(losses.unbind())
     elif isinstance(losses, Sequence):
         values = list(losses)
     else:
@@ -54,24 +59,33 @@ def as_list(
         )
     if n_tasks is not None and len(values) != n_tasks:
         raise ValueError(f"losses must hold {n_tasks} tasks, got {len(values)}")
+    absent = 0
     for i, loss in enumerate(values):
         if loss is None:
+            absent += 1
             continue
-        label = f"losses[{names[i]!r}]" if isinstance(losses, Mapping) and names else f"losses[{i}]"
-        if not isinstance(loss, Tensor):
-            raise ValueError(f"{label} must be a scalar tensor, got {type(loss).__name__}")
-        if loss.numel() != 1:
-            raise ValueError(f"{label} must be a scalar, got shape {tuple(loss.shape)}")
-        if not loss.is_floating_point():
-            raise ValueError(f"{label} must be of a real floating dtype, got {loss.dtype}")
-        if attached and not loss.requires_grad:
-            raise ValueError(
-                f"{label} is not attached to a graph: nothing it was computed from requires grad; "
-                "a task that is absent from this batch is None"
-            )
-    if all(loss is None for loss in values):
+        what = _what_is_wrong(loss, attached)
+        if what is not None:
+            raise ValueError(f"losses[{(names[i] if named and names else i)!r}] {what}")
+    if absent == len(values):
         raise ValueError(f"losses must hold at least one task, got none of {len(values)}")
-    return values, list(names) if names is not None else None
+    return values, names if names is None or isinstance(names, list) else list(names)
+
+
+def _what_is_wrong(loss: object, attached: bool) -> str | None:
+    """Why a loss cannot be used; None if it can."""
+    if not isinstance(loss, Tensor):
+        return f"must be a scalar tensor, got {type(loss).__name__}"
+    if loss.numel() != 1:
+        return f"must be a scalar, got shape {tuple(loss.shape)}"
+    if not loss.is_floating_point():
+        return f"must be of a real floating dtype, got {loss.dtype}"
+    if attached and not loss.requires_grad:
+        return (
+            "is not attached to a graph: nothing it was computed from requires grad; a task that "
+            "is absent from this batch is None"
+        )
+    return None
 
 
 def first_nonfinite(losses: Sequence[Tensor | None]) -> int | None:

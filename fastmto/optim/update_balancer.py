@@ -401,6 +401,7 @@ class UpdateBalancer(torch.optim.Optimizer):
                 "the loss a part of the tasks' losses"
             )
         if len(level.gradients.rows[0]) == self.n_tasks:
+            self._pending.forget_shown(level)
             level.allocate(self.n_tasks, spare=1)
             self._bind_state()
 
@@ -594,6 +595,7 @@ class UpdateBalancer(torch.optim.Optimizer):
             return
         if self._pending.kind is not None:
             raise RuntimeError("call step() or zero_grad() before add_param_group()")
+        self._pending.forget_shown(self._level)
         group, n_tasks, names = more_heads(
             param_group, self.param_groups, self.n_tasks, self._known["names"]
         )

@@ -94,7 +94,6 @@ class Store:
         self.clock_rows = 1
         #: The rows of the clock; `UpdateLevel.allocate` sets them.
         self.rows = slice(0, 0)
-        self.frozen: tuple[bool, ...] = ()
         self.runs: list[Run] = []
 
     def allocate(self, rule: Rule, grads: Tensor, clock_rows: int | None) -> None:
@@ -131,10 +130,7 @@ class Store:
 
     def split(self, clock: Clock) -> None:
         """Find the runs of parameters that are not frozen."""
-        frozen = tuple(not p.requires_grad for p in self.flat.parameters)
-        if frozen == self.frozen:
-            return
-        self.frozen = frozen
+        frozen = [not p.requires_grad for p in self.flat.parameters]
         self.runs = []
         for is_frozen, members in itertools.groupby(range(len(frozen)), frozen.__getitem__):
             if not is_frozen:
@@ -258,6 +254,8 @@ class UpdateLevel:
         self.adatask = adatask
         self.shared: list[Store] = []
         self.heads: list[Store] = []
+        self.has_frozen = False
+        self._trainable: list[bool] = []
         for number in range(len(groups)):
             self.add(number)
         self.device = self.shared[0].flat.device
@@ -271,11 +269,14 @@ class UpdateLevel:
         task, members = group["task"], group["params"]
         stores = self.shared if task == "shared" else self.heads
         # Parameters of unknown tasks may belong to several: a buffer for each.
-        if task is None:
-            stores += [Store(number, [p], None) for p in members]
-            return
-        for dtype in dict.fromkeys(p.dtype for p in members):
-            stores.append(Store(number, [p for p in members if p.dtype == dtype], task))
+        kinds = [[p] for p in members]
+        if task is not None:
+            dtypes = dict.fromkeys(p.dtype for p in members)
+            kinds = [[p for p in members if p.dtype == dtype] for dtype in dtypes]
+        stores += [Store(number, each, task) for each in kinds]
+        #: All parameters, store by store, and where they were put.
+        self.parameters = [p for store in self.stores for p in store.flat.parameters]
+        self._pointers = [p.data_ptr() for p in self.parameters]
 
     def forget(self) -> None:
         """As freshly built: T is unknown again."""
@@ -330,24 +331,34 @@ class UpdateLevel:
             known = counts.get(id(store), [])
             for row, count in enumerate(known[: store.clock_rows]):
                 self.clock.counts[store.rows.start + row] = count
-            store.frozen = ()  # the runs show the memory of before
         #: What `.grad` shows: of the shared parameters the first row, of each head its gradient.
         self.shown = [own_storage(view) for view in gradients.views(0)]
         self.head_shown = [[own_storage(x) for x in views] for views in gradients.head_views]
         self.one = torch.ones(1, dtype=torch.float64, device=self.device)
         self.gradients = gradients
+        self._trainable = []  # the runs of before show other memory
         self.refreeze()
         return gradients
 
     def refreeze(self) -> None:
         """Bring the runs up to date with the parameters' `requires_grad`."""
-        for store in self.stores:
-            store.split(self.clock)
+        trainable = [p.requires_grad for p in self.parameters]
+        if trainable == self._trainable:
+            return
+        self._trainable = trainable
+        self.has_frozen = not all(trainable)
+        if self.gradients is not None:
+            self.gradients.refreeze()
+            for store in self.stores:
+                store.split(self.clock)
 
     def check(self) -> None:
         """Refuse to go on with parameters whose storage was replaced; see `FlatParameters`."""
-        for store in self.stores:
-            store.flat.check("shared parameter" if store.owner == "shared" else "task parameter")
+        for p, pointer in zip(self.parameters, self._pointers, strict=True):
+            if p.data_ptr() != pointer:
+                for store in self.stores:
+                    kind = "shared" if store.owner == "shared" else "task"
+                    store.flat.check(f"{kind} parameter")
 
     def moments(self) -> Mapping[Parameter, dict[str, Tensor]]:
         """Every parameter's piece of the moments, as torch's `state` has them."""
