@@ -503,6 +503,8 @@ class GradientBalancer(Balancer):
             survey(batch.present, inputs, listed, trunk=trunk)
             new = GradientLevel(inputs, heads, len(self._search.last), at_features=at_features)
             self._take_over(old, new)
+            if self._search.device is None:
+                new.decide_on_host()
             if old is not None and old.same_heads(heads):
                 new.take_known_heads(old.known_heads())
             elif old is None and batch.heads is not None:

@@ -12,6 +12,7 @@ values, one backward) and `GradientBalancer` (gradient_balancer.py: from per-tas
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,9 @@ from .per_task import take
 
 #: What `Balancer.stats` counts.
 STATS = ("steps", "searches", "backwards", "held", "skipped", "absent", "untouched")
+
+#: Dtypes that losses are weighed in; narrower ones become float32.
+WIDE = (torch.float32, torch.float64)
 
 Parameters = Iterable[Tensor]
 #: Task-specific parameters: all of them in one iterable, or one iterable a task, in order or named.
@@ -74,16 +78,17 @@ class Batch:
         """Whether the graph is needed after the tasks' backward passes."""
         return self.retain_graph or self.unbalanced is not None
 
-    @property
+    @functools.cached_property
     def present(self) -> list[Tensor]:
         """The n losses that are there."""
         return [value for value in self.values if value is not None]
 
-    @property
+    @functools.cached_property
     def losses(self) -> Tensor:
         """Their values (n,), detached, of at least float32."""
-        stacked = torch.stack([value.detach().reshape(()) for value in self.present])
-        return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+        with torch.no_grad():
+            stacked = torch.stack([x if x.dim() == 0 else x.reshape(()) for x in self.present])
+        return stacked if stacked.dtype in WIDE else stacked.float()
 
 
 class Info(Mapping[str, Any]):
