@@ -158,6 +158,8 @@ class UpdateBalancer(torch.optim.Optimizer):
         """Allocate what depends on T: gradients, moments, weights."""
         capturable, solver = self._decider(n_tasks)
         search, level = self._search, self._level
+        if not capturable:
+            level.decide_on_host()
         gradients = level.allocate(n_tasks)
         search.weights = torch.ones(n_tasks, dtype=torch.float64, device="cpu")
         search.place(level.shared_dtypes, numel=level.numel, solver=solver)
@@ -519,11 +521,12 @@ class UpdateBalancer(torch.optim.Optimizer):
         passes = level.passes(rows, reached=bool(active) or extra, lr_factor=self._lr_factor())
         weights = level.one if kind == "weighted" else self._joint(active, extra)
         self._clipping.clip(level, passes, weights, n_tasks)
-        level.clock.start()
-        if overflow is not None:
-            level.clock.found.logical_or_(overflow != 0)
-        level.look(passes, searches=searches and not delayed)
-        if not self.capturable and level.clock.found.item():
+        if not level.look(
+            passes,
+            searches=searches and not delayed,
+            overflow=overflow,
+            reads=not self.capturable,
+        ):
             self._refuse("a gradient or an update is not finite, or too large to be squared")
             return
         if searches and not delayed:
