@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from ..checks import check_choice, check_scaler
 from ..errors import NonFiniteError, warn
 from .device import tell_compiler, uncompiled
 from .graph import graph_leaves
-from .losses import Losses, as_list, first_nonfinite
+from .losses import Losses, as_list
 from .per_task import take
 
 #: What `Balancer.stats` counts.
@@ -72,6 +73,8 @@ class Batch:
 
     def __post_init__(self) -> None:
         self.tasks = [i for i, value in enumerate(self.values) if value is not None]
+        #: The n present losses' values, if the host has read them.
+        self.read: list[float] = []
 
     @property
     def keeps_graph(self) -> bool:
@@ -340,10 +343,10 @@ class Balancer(ABC):
         if scaler is not None:
             batch.seed = scaler.scale(torch.ones((), device=batch.present[0].device))
         if self._looks_at(batch):
-            bad = first_nonfinite(values)
-            if bad is not None:
-                label = f"losses[{names[bad]!r}]" if names else f"losses[{bad}]"
-                return self._refuse(batch, f"{label} is not finite")
+            for i, loss in zip(batch.tasks, batch.present, strict=True):
+                batch.read.append(loss.item())
+                if not math.isfinite(batch.read[-1]):
+                    return self._refuse(batch, f"{self._label(i)} is not finite")
         searches = not self._found or self._steps % self.update_weights_every == 0
         loss, info = self._backward(batch, searches)
         if info.skipped is None and not accumulate:
@@ -389,8 +392,14 @@ class Balancer(ABC):
         return graph_leaves(batch.present, ())
 
     def _weighted_sum(self, batch: Batch) -> Tensor:
+        weights = self._current(batch)
+        if len(batch.read) == len(batch.tasks) and weights.device.type == "cpu":
+            total = sum(map(operator.mul, weights.tolist(), batch.read))
+            dtype = batch.present[0].dtype
+            dtype = dtype if dtype in WIDE else torch.float32
+            return torch.tensor(total, dtype=dtype, device=batch.present[0].device)
         losses = batch.losses
-        weights = self._current(batch).to(losses.device, losses.dtype, non_blocking=True)
+        weights = weights.to(losses.device, losses.dtype, non_blocking=True)
         return (weights * losses).sum()  # a product that autocast leaves alone
 
     def _current(self, batch: Batch) -> Tensor:

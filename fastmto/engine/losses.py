@@ -89,7 +89,8 @@ def _what_is_wrong(loss: object, attached: bool) -> str | None:
 
 
 def first_nonfinite(losses: Sequence[Tensor | None]) -> int | None:
-    """Index of the first NaN or infinite loss, None if there is none. Waits for the device."""
+    """Index of the first NaN or infinite loss, None if there is none. Synchronizes with the
+    device."""
     for i, loss in enumerate(losses):
         if loss is not None and not math.isfinite(loss.item()):
             return i

@@ -49,8 +49,11 @@ def heads_of(
     # A parameter each, so that one which its task did not reach keeps no gradient.
     heads: list[Head] = []
     for i, entry in enumerate(listed):
-        members = as_tensors(f"task_specific_parameters[{i}]", entry) or []
-        heads += [(i, p) for p in members if p.requires_grad]
+        for p in [entry] if isinstance(entry, Tensor) else entry:
+            if not isinstance(p, Tensor):
+                as_tensors(f"task_specific_parameters[{i}]", [p])  # raises
+            if p.requires_grad:
+                heads.append((i, p))
     return heads
 
 
