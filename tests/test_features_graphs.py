@@ -26,7 +26,13 @@ from fastmto.optim.graphed import Graph
 close = torch.testing.assert_close
 NASH = ON_DEVICE[0]
 #: Modules that ask whether a graph is being captured.
-ASK = ("engine.device", "engine.search", "optim.update_balancer", "balancers.gradient_balancer")
+ASK = (
+    "engine.device",
+    "engine.heads",
+    "engine.search",
+    "optim.update_balancer",
+    "balancers.gradient_balancer",
+)
 
 
 @contextmanager
