@@ -36,7 +36,6 @@ PENDING = {
     ("retain_graph", "marigold"),
     ("unbalanced", "loss"),
     ("unbalanced", "marigold"),
-    ("freezing", "update"),
     ("freezing", "marigold"),
     ("freezing", "db_mtl"),
 }

@@ -87,9 +87,10 @@ def test_is_the_host_s_step_and_reads_nothing(row, dtype, options):
         info = there.step(step, absent_at(step), reads=step < first)
         told = here.step(step, absent_at(step))
         assert_same(there.grads, here.grads, **near)
-        assert_same(
-            [there.loss, info.weights, info.gram], [here.loss, told.weights, told.gram], **near
-        )
+        assert_same([info.weights, info.gram], [told.weights, told.gram], **near)
+        # What is told of the losses may round where they are narrow.
+        rounds = {} if dtype == torch.float64 else {"rtol": 1e-6}
+        assert_same([there.loss], [here.loss], **(near or rounds))
         if row.key in ("nashmtl", "mgda"):
             assert info.status == told.status
             assert (info.result is None) == (told.result is None)
