@@ -16,10 +16,10 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def check_initialized(name: str, p: torch.Tensor) -> None:
     """Refuse a parameter of a lazy module that has not seen a batch yet."""
-    if isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
+    if torch.nn.parameter.is_lazy(p):
         raise ValueError(
-            f"{name} must have a shape, got an {type(p).__name__} of a lazy module: run one forward "
-            "pass before it is given to an optimizer or a balancer"
+            f"{name} must have a shape, got an {type(p).__name__} of a lazy module: run one "
+            "forward pass before it is given to an optimizer or a balancer"
         )
 
 

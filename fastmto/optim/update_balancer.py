@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_scaler
+from ..engine.caches import forget_weight_copies
 from ..engine.device import capturing, tell_compiler, uncompiled
 from ..engine.gradients import TaskGradients
 from ..engine.graph import leaves
-from ..engine.losses import Losses, as_list, first_nonfinite
+from ..engine.losses import Losses, as_list, first_nonfinite, what_is_wrong
 from ..engine.search import SCALES, Search
 from ..engine.survey import survey
 from ..errors import NonFiniteError, warn
@@ -299,6 +300,9 @@ class UpdateBalancer(torch.optim.Optimizer):
                 the step is skipped and counted.
         """
         values, names = as_list(losses, self.n_tasks, self._known["names"])
+        wrong = None if unbalanced is None else what_is_wrong(unbalanced, attached=True)
+        if wrong is not None:
+            raise ValueError(f"unbalanced {wrong}")
         scaler = check_scaler(scaler)
         level, pending = self._level, self._pending
         if pending.kind is not None and scaler is not pending.scaler:
@@ -550,6 +554,7 @@ class UpdateBalancer(torch.optim.Optimizer):
             search.solve(level.gram(passes, n_tasks), active, finite=finite)
             weights = self._joint(active, extra)
         level.move(passes, weights, searches=delayed)
+        forget_weight_copies()
         self._count(n_tasks, searches)
         if delayed:
             finite = level.clock.found[0] == 0 if self.capturable else None
