@@ -547,6 +547,7 @@ class GradientBalancer(Balancer):
         self._gradient_level = None
         self._known_heads = copy.deepcopy(state["heads"])
         self._search.searched = set(state["searched"])
+        self._search.forget_counts()
         self._forget_pending()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -657,7 +658,6 @@ class GramBalancer(DecidesOnHost, GradientBalancer):
     def _load(self, state: Mapping[str, Any]) -> None:
         self.weighting.load_state_dict(state["weighting"])
         super()._load(state)
-        self._search.forget_counts()
 
     def _options(self) -> dict[str, Any]:
         return {"weighting": self.weighting, **super()._options()}

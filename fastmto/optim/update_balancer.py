@@ -388,16 +388,21 @@ class UpdateBalancer(torch.optim.Optimizer):
         """At the first step: what the graph says of the parameters that were listed."""
         level, gradients = self._level, self._level.gradients
         assert gradients is not None
-        if not all(gradients.ever_reached):
-            missed = [k for k, on in enumerate(gradients.ever_reached) if not on]
-            warn(
-                f"no task of the first step reaches shared_parameters {missed}: unused, frozen, or "
-                "hidden by a checkpoint (which needs use_reentrant=False); their gradient is zero"
-            )
         shared = [p for store in level.shared for p in store.flat.parameters]
+        missed = [
+            k
+            for k, (p, on) in enumerate(zip(shared, gradients.ever_reached, strict=True))
+            if p.requires_grad and not on
+        ]
+        if missed:
+            warn(
+                f"no task of the first step reaches shared_parameters {missed}: unused, or hidden "
+                "by a checkpoint (which needs use_reentrant=False); their gradient is zero"
+            )
+        trained = [p for p in shared if p.requires_grad]
         heads = [p for store in level.heads for p in store.flat.parameters]
         present = [loss for loss in values if loss is not None]
-        survey(present, shared, [*shared, *heads], heads_name="task_parameters")
+        survey(present, trained, [*shared, *heads], heads_name="task_parameters")
 
     def _check_replaced(self, values: list[Tensor | None]) -> None:
         """Refuse losses that are computed from other parameters in the place of the shared ones."""
