@@ -57,10 +57,11 @@ def test_gradients_by_hand_are_those_of_autograd(s: float) -> None:
     torch.manual_seed(0)
     points = (torch.rand(200, 2, dtype=torch.float64) - 0.5) * torch.tensor([24.0, 24.0])
     on_edges = torch.tensor([*toy.STARTS.values(), (-5.0, 50.0), (1.0, 50.0)], dtype=torch.float64)
+    by_hand = toy.ShiftedLosses(s, torch.float64)
     for point in torch.cat([points, on_edges]):
         x = point.clone().requires_grad_()
         expected = toy.losses(x, s)
-        shifted = toy._Losses.apply(x, s)
+        shifted = by_hand(x)
         for i in range(2):
             floor = toy.SHIFT * (s if i == 0 else 1)
             assert shifted[i].item() > 0
@@ -71,6 +72,36 @@ def test_gradients_by_hand_are_those_of_autograd(s: float) -> None:
         (both,) = torch.autograd.grad(3 * shifted[0] + shifted[1], x)
         (other,) = torch.autograd.grad(3 * expected[0] + expected[1], x)
         torch.testing.assert_close(both, other, rtol=1e-12, atol=1e-13)
+
+
+def test_losses_without_a_graph_and_in_float32() -> None:
+    x = torch.tensor(toy.STARTS["D"])
+    shifted = toy.ShiftedLosses(0.1, torch.float32)(x)
+    assert not any(loss.requires_grad for loss in shifted)
+    expected = toy.losses(x.double(), 0.1) + toy.SHIFT * torch.tensor([0.1, 1.0])
+    torch.testing.assert_close(torch.stack(shifted), expected.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_small_adam_is_torchs_bit_for_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (
+        [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((2,), (), ())]
+        for _ in range(2)
+    )
+    small = toy.Adam([(ours[:1], 1e-3), (ours[1:], 0.025)])
+    groups = [{"params": theirs[:1]}, {"params": theirs[1:], "lr": 0.025}]
+    adam = torch.optim.Adam(groups, lr=1e-3, fused=True)
+    for step in range(50):
+        small.zero_grad()
+        adam.zero_grad()
+        for k, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            if k < 2 or step % 3 == 0:  # without a gradient a parameter and its moments stay
+                p.grad = torch.randn_like(p)
+                q.grad = p.grad.clone()
+        small.step()
+        adam.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
 
 
 def adam(shared: list[torch.nn.Parameter], heads: list[list[torch.nn.Parameter]]) -> SummedLosses:
