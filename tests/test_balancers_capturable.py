@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 import fastmto
 from fastmto import ops
 from fastmto.balancers import GramBalancer
-from fastmto.engine.buffers import Buffers
+from fastmto.engine.gradient_level import GradientLevel
 
 T = 3
 close = torch.testing.assert_close
@@ -452,8 +452,8 @@ class HalvedMGDA(fastmto.balancers.MGDA):
 
 
 class Dropped(fastmto.balancers.NashMTL):
-    def _held(self, buffers, active, weights):
-        return torch.zeros_like(weights)
+    def _decide(self, batch, level, active):
+        return super()._decide(batch, level, active[:1])
 
 
 class Capped(fastmto.weightings.NashMTL):
@@ -469,7 +469,7 @@ class Capped(fastmto.weightings.NashMTL):
         HalvedMGDA,
         Dropped,
     ],
-    ids=["_solve", "weighting", "mgda", "_held"],
+    ids=["_solve", "weighting", "mgda", "_decide"],
 )
 def test_what_a_subclass_does_on_the_host_is_not_left_out(build):
     with pytest.raises(ValueError, match=r"capturable must be None or False: .* on the host"):
@@ -482,7 +482,7 @@ def test_what_a_subclass_does_on_the_host_is_not_left_out(build):
 def test_heads_elsewhere_are_decided_about_on_the_host():
     balancer = fastmto.get("nashmtl")
     x, head = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
-    buffers = Buffers([x], [(0, head)], 2)
+    buffers = GradientLevel([x], [(0, head)], 2)
     assert balancer._why_on_host(2, buffers) is None
     buffers.heads = [(0, nn.Parameter(torch.zeros(2, device="meta")))]
     assert "on another device" in balancer._why_on_host(2, buffers)
@@ -499,7 +499,7 @@ def test_capturable_is_a_truth_value(capturable):
 def test_on_a_cpu_the_host_decides_unless_told_otherwise():
     world = World(fastmto.get("nashmtl", T))
     world.step(0)
-    assert world.balancer._device_search is None
+    assert world.balancer._search.device is None
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's compiler's own
@@ -621,11 +621,12 @@ def test_what_a_capture_used_outlives_the_next_buffers(change, captures, monkeyp
 
     step(8)
     with monkeypatch.context() as patch:
-        module = importlib.import_module("fastmto.balancers.gradient_balancer")
-        patch.setattr(module, "capturing", lambda device: captures)
+        for name in ("balancers.gradient_balancer", "engine.search"):
+            module = importlib.import_module(f"fastmto.{name}")
+            patch.setattr(module, "capturing", lambda device: captures)
         step(8)
         step(8)
-    buffers, search = balancer._buffers, balancer._device_search
+    buffers, search = balancer._gradient_level, balancer._search.device
     used = [weakref.ref(x) for x in (buffers.gradients.rows[0], buffers._grams, search.weights)]
     del buffers, search
     if change == "load_state_dict":
@@ -662,7 +663,7 @@ def test_a_capture_reads_nothing_and_keeps_nothing(monkeypatch):
     linear(balancer, x, [None, [1.0, 0.0], [-1.0, 0.0]])
     modules = [
         importlib.import_module(f"fastmto.{name}")
-        for name in ("balancers.gradient_balancer", "device")
+        for name in ("balancers.gradient_balancer", "engine.search", "engine.device")
     ]
     with monkeypatch.context() as patch:
         for module in modules:
@@ -684,7 +685,7 @@ def test_whole_steps_on_the_kernels_for_gpus(method, dtype, monkeypatch):
     here, there = (World(method.build(**options), dtype) for _ in range(2))
     for step in range(5):
         here.step(step, absent_at(step))
-    gpu, used = ops._module("gpu"), []
+    gpu, used = ops._module("triton.backend"), []
     with monkeypatch.context() as patch:
         patch.setattr(ops, "_module", lambda name: used.append(name) or gpu)
         for step in range(5):

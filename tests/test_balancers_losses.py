@@ -707,7 +707,7 @@ def test_losses_that_are_not_finite(case: BalancerCase, bad: float) -> None:
     losses = blind.losses(0)
     losses[0] = losses[0] * bad
     searching = case.level == "gradient" and case.key not in ("graddrop", "db_mtl")
-    held = pytest.warns(RuntimeWarning, match="weights held: no .* not_finite")
+    held = pytest.warns(RuntimeWarning, match="weights held: not_finite")
     with held if searching else nullcontext():
         blind.balancer.backward(losses, **blind.arguments(0))
     assert blind.balancer.stats["steps"] == 1

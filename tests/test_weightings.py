@@ -11,6 +11,7 @@ import pytest
 import torch
 from samplers import gram
 
+from fastmto import weightings
 from fastmto.errors import SolverError
 from fastmto.solvers import bargaining
 from fastmto.weightings import Bargaining, Constant, Equal, Weighting
@@ -150,3 +151,57 @@ def test_repr() -> None:
 def test_base_is_abstract() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Weighting()  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize("kind", ["full", "low_rank", "near_opposite"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        weightings.Bargaining,
+        lambda: Bargaining("ccp"),
+        lambda: weightings.NashMTL(0.1),
+        Equal,
+        lambda: Constant([1.0, 2.0, 3.0, 4.0]),
+        lambda: weightings.CAGrad(5.0),
+        lambda: weightings.FairGrad(3.0),
+        weightings.PCGrad,
+        weightings.UPGrad,
+        lambda: weightings.DualProj([1.0, 2.0, 0.1, 1.0]),
+    ],
+)
+def test_positive_weightings_are(make, kind: str) -> None:
+    weighting = make()
+    assert weighting.positive
+    for seed in range(5):
+        matrix = torch.from_numpy(gram(np.random.default_rng(seed), 4, kind, decades=1.0))
+        try:
+            assert bool((weighting(matrix) > 0).all())
+        except SolverError:
+            assert kind != "full" or weighting.result.status == "unbounded"
+
+
+def test_those_that_may_be_zero_or_negative_are_not_called_positive() -> None:
+    for weighting in (
+        Constant([0.0, 1.0]),
+        weightings.MGDA(),
+        weightings.IMTLG(),
+        weightings.AlignedMTL(),
+        weightings.UPGrad([0.0, 1.0]),
+    ):
+        assert not weighting.positive
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_held_weights_keep_to_the_bound(max_norm: float | None) -> None:
+    weighting = weightings.NashMTL(max_norm)
+    last = torch.full((4,), 100.0, dtype=torch.float64)
+    held = weighting.hold(G4, last)
+    if max_norm is None:
+        assert torch.equal(held, last)
+    else:
+        torch.testing.assert_close((held @ G4 @ held).sqrt(), torch.ones((), dtype=torch.float64))
+        short = torch.full((4,), 1e-9, dtype=torch.float64)
+        assert torch.equal(weighting.hold(G4, short), short)
+        assert torch.equal(weighting.hold(G4 * torch.nan, last), last)
+    assert torch.equal(last, torch.full((4,), 100.0, dtype=torch.float64))
+    assert torch.equal(weightings.UPGrad().hold(G4, last), last)

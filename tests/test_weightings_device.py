@@ -112,7 +112,7 @@ def test_a_subclass_with_another_call_needs_the_host(weighting):
         changed = _overriding(weighting, **{step: method})
         assert changed.device_solver(2) is None
         assert _overriding(changed).device_solver(2) is None
-        told = _overriding(changed, _device_solver=lambda self, n_tasks: print)
+        told = _overriding(changed, device_solver=lambda self, n_tasks: print)
         assert told.device_solver(2) is print
 
 

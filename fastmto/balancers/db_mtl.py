@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import check_number
 from ..engine.balancer import Batch
-from ..engine.buffers import Buffers
+from ..engine.gradient_level import GradientLevel
 from ..errors import NonFiniteError
 from .gradient_balancer import GradientBalancer, GradientOptions
 
@@ -68,7 +68,7 @@ class DBMTL(GradientBalancer):
         self._count = 0
         super().reset()
 
-    def _take_over(self, old: Buffers | None, new: Buffers) -> None:
+    def _take_over(self, old: GradientLevel | None, new: GradientLevel) -> None:
         smoothed = new.task_state()
         if self._smoothed is not None:
             shapes = [[tuple(x.shape) for x in each] for each in (self._smoothed, smoothed)]
@@ -81,19 +81,17 @@ class DBMTL(GradientBalancer):
                 row.copy_(kept)
         self._smoothed = smoothed
 
-    def _weigh(
-        self, buffers: Buffers, active: list[int], batch: Batch
-    ) -> tuple[Tensor | None, Tensor]:
+    def _weigh(self, level: GradientLevel, active: list[int], batch: Batch) -> Tensor:
         assert self._smoothed is not None
         values = self._positive_losses(batch, "its logarithm is taken")
         if self.on_nonfinite != "ignore" or batch.seed is not None:
             for i in active:
-                if not buffers.finite(i):
+                if not level.finite(i):
                     raise NonFiniteError(f"the gradient of {self._label(i)} is not finite")
         self._count += 1
         beta = self.beta / self._count**self.decay
         squares = torch.zeros(len(active), dtype=torch.float64)
-        for rows, smoothed in zip(buffers.task_rows, self._smoothed, strict=True):
+        for rows, smoothed in zip(level.task_rows, self._smoothed, strict=True):
             if batch.seed is not None:
                 rows /= batch.seed
             for k, i in enumerate(active):
@@ -102,16 +100,16 @@ class DBMTL(GradientBalancer):
         lengths = squares.sqrt()
         # A task whose gradient is zero adds nothing, whatever its weight.
         self._factors = torch.where(lengths > 0, lengths.max() / lengths, 1.0)
-        return None, self._factors / torch.tensor([values[i] for i in active]).double()
+        return self._factors / torch.tensor([values[i] for i in active]).double()
 
-    def _join(self, buffers: Buffers, active: list[int], weights: Tensor) -> None:
+    def _join(self, level: GradientLevel, active: list[int], weights: Tensor) -> None:
         assert self._smoothed is not None
         factors = torch.zeros_like(weights)
         factors[active] = self._factors
-        buffers.combine(self._smoothed, factors)
-        if buffers.seed is not None:
-            for row in buffers.joint_rows:
-                row *= buffers.seed
+        level.combine(self._smoothed, factors)
+        if level.seed is not None:
+            for row in level.joint_rows:
+                row *= level.seed
 
     def _head_weights(self, batch: Batch) -> list[float]:
         assert self.weights is not None

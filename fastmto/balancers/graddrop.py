@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..engine.balancer import Batch
-from ..engine.buffers import Buffers
+from ..engine.gradient_level import GradientLevel
 from ..errors import NonFiniteError
 from .gradient_balancer import GradientBalancer, GradientOptions
 
@@ -68,19 +68,17 @@ class GradDrop(GradientBalancer):
             raise ValueError(f"leak must hold {n_tasks} numbers, one a task, got {self.leak}")
         super()._set_tasks(n_tasks)
 
-    def _weigh(
-        self, buffers: Buffers, active: list[int], batch: Batch
-    ) -> tuple[Tensor | None, Tensor]:
+    def _weigh(self, level: GradientLevel, active: list[int], batch: Batch) -> Tensor:
         if self._looks_at(batch) or batch.seed is not None:
             for i in active:
-                if not buffers.finite(i):
+                if not level.finite(i):
                     raise NonFiniteError(f"the gradient of {self._label(i)} is not finite")
-        return None, torch.ones(len(active), dtype=torch.float64)
+        return torch.ones(len(active), dtype=torch.float64)
 
-    def _join(self, buffers: Buffers, active: list[int], weights: Tensor) -> None:
-        generator = self._random(buffers.device)
+    def _join(self, level: GradientLevel, active: list[int], weights: Tensor) -> None:
+        generator = self._random(level.device)
         leak = None if self.leak is None else [self.leak[i] for i in active]
-        for rows, out in zip(buffers.task_rows, buffers.joint_rows, strict=True):
+        for rows, out in zip(level.task_rows, level.joint_rows, strict=True):
             maths = torch.float64 if rows.dtype == torch.float64 else torch.float32
             kept = None if leak is None else torch.tensor(leak, dtype=maths, device=rows.device)
             for start in range(0, rows.shape[1], CHUNK):

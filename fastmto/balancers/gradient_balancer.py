@@ -13,9 +13,8 @@ Where a method is capturable, what is decided on the way is decided on the devic
 from __future__ import annotations
 
 import copy
-import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -23,13 +22,14 @@ from torch import Tensor
 
 from ..checks import check_choice
 from ..engine.balancer import Balancer, Batch, Info
-from ..engine.buffers import Buffers, Head, check_inputs, heads_of, survey
 from ..engine.device import capturing
-from ..engine.device_search import DeviceSearch
+from ..engine.gradient_level import GradientLevel
 from ..engine.gradients import graph_leaves
+from ..engine.search import Decision, Search, only
+from ..engine.survey import Head, heads_of, survey, trainable
 from ..errors import NonFiniteError, SolverError, warn
-from ..weightings import Bargaining, DeviceSolver, Equal, Weighting
-from ..weightings.base import MOST_KAPPA, speaks_for
+from ..weightings import DeviceSolver, Weighting, as_weighting
+from ..weightings.base import DecidesOnHost
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -118,6 +118,9 @@ class GradientBalancer(Balancer):
         ValueError: an argument out of range.
     """
 
+    #: Gram matrix -> weights, for the methods that have one.
+    weighting: Weighting | None = None
+
     def __init__(
         self,
         n_tasks: int | None = None,
@@ -146,6 +149,7 @@ class GradientBalancer(Balancer):
         self.on_failure = on_failure
         self.capturable = capturable
         self._captured: list[object] = []  # whose memory CUDA graphs go on using
+        self._search = Search(self.weighting, every=update_weights_every, on_failure=on_failure)
         super().__init__(
             n_tasks, update_weights_every=update_weights_every, on_nonfinite=on_nonfinite
         )
@@ -153,45 +157,116 @@ class GradientBalancer(Balancer):
             self._refuse_capturable(self._why_on_host(1 if n_tasks is None else n_tasks, None))
 
     def reset(self) -> None:
-        self._buffers: Buffers | None = None
+        self._gradient_level: GradientLevel | None = None
         self._known_heads: dict[str, Any] = {}  # of a loaded state
-        self._searched: set[int] = set()  # tasks that a search gave a weight
         self._batchable: bool | None = None
         self._why_loop = ""
+        self._forget_pending()
         super().reset()
 
-    def _backward(self, batch: Batch, searches: bool) -> tuple[Tensor, Info]:
-        assert self.weights is not None
-        buffers = self._buffers_for(batch)
-        if capturing(buffers.device):
-            self._captured += [x for x in self._memory() if all(x is not y for y in self._captured)]
-        gradients = buffers.gradients
-        gradients.clear()
-        # A task that came late would stand with its initial weight among balanced ones.
-        late = [i for i in batch.tasks if gradients.reaches[i] and i not in self._searched]
-        if not searches and not late:
-            return self._between(batch, buffers)
-        before = gradients.backwards
-        passes = self._per_task(batch, buffers)
-        if not any(gradients.reached):
-            raise RuntimeError(
-                f"no loss reaches {self._shared_name}: they are not what the model computes with"
-            )
-        active = [i for i in batch.tasks if gradients.touched[i]]
-        try:
-            info, head_weights = self._search(batch, buffers, active)
-        except NonFiniteError as error:
-            return self._refuse(batch, str(error), scaled=True)
-        info.passes = passes
-        self._counted["searches"] += 1
-        self._counted["untouched"] += len(batch.tasks) - len(active)
-        self._counted["backwards"] += gradients.backwards - before
-        return self._deliver(batch, buffers, head_weights), info
+    def _forget_pending(self) -> None:
+        """Forget what `backward(..., accumulate=True)` took."""
+        #: What the pending gradients are: None, "per_task", "weighted" or "refused".
+        self._pending: str | None = None
+        self._summed: dict[int, Tensor] = {}  # the pending calls' losses by task
 
-    def _search(
-        self, batch: Batch, buffers: Buffers, active: list[int]
+    # The phase, the weights and whether there are any are the search's.
+
+    @property
+    def weights(self) -> Tensor | None:
+        return self._search.weights
+
+    @weights.setter
+    def weights(self, weights: Tensor | None) -> None:
+        if weights is None:
+            self._search.forget()
+        else:
+            self._search.weights = weights
+
+    @property
+    def _steps(self) -> int:
+        return self._search.steps
+
+    @_steps.setter
+    def _steps(self, steps: int) -> None:
+        self._search.steps = steps
+
+    @property
+    def _found(self) -> bool:
+        return self._search.found
+
+    @_found.setter
+    def _found(self, found: bool) -> None:
+        self._search.found = found
+
+    @property
+    def stats(self) -> dict[str, int]:
+        search, counted = self._search, dict(self._counted)
+        for name in ("searches", "held"):
+            counted[name] += search.counted[name]
+        counted["skipped"] += search.skipped
+        return counted
+
+    def _backward(self, batch: Batch, searches: bool) -> tuple[Tensor, Info]:
+        """The step: losses -> rows -> Gram matrix -> weights -> joint row -> `.grad`."""
+        level = self._level_for(batch)
+        gradients = level.gradients
+        if self._pending is None:
+            gradients.clear()
+            tasks = [i for i in batch.tasks if gradients.reaches[i]]
+            self._pending = "per_task" if self._search.is_due(tasks) else "weighted"
+        if self._pending == "refused":
+            return self._end_refused(batch)
+        before = gradients.backwards
+        try:
+            if self._pending == "weighted":
+                passes = None
+                self._take_weighted(batch, level)
+            else:
+                passes = self._take_per_task(batch, level)
+            if batch.accumulate:
+                self._counted["backwards"] += gradients.backwards - before
+                return self._accumulated(batch, passes)
+            if self._pending == "weighted":
+                self._check_between(batch, level)
+                info = Info(self._search.last.clone(), self.names)
+                head_weights = self._head_weights(batch)
+            else:
+                info, head_weights = self._searched(batch, level)
+                info.passes = passes
+        except NonFiniteError as error:
+            self._forget_pending()
+            return self._refuse(batch, str(error), scaled=True)
+        except BaseException:
+            self._forget_pending()
+            raise
+        self._forget_pending()
+        self._counted["backwards"] += gradients.backwards - before
+        return self._deliver(batch, level, head_weights), info
+
+    def _take_weighted(self, batch: Batch, level: GradientLevel) -> None:
+        """Between two searches: one backward of the weighted losses into the joint row."""
+        level.gradients.weighted(
+            batch.values,
+            self._last_weights(),
+            row=level.joint,
+            seed=batch.seed,
+            divides=self._divides(batch),
+            retain=batch.keeps_graph,
+        )
+
+    def _check_between(self, batch: Batch, level: GradientLevel) -> None:
+        """Refuse a step between two searches that is not finite, if anybody looks."""
+        if self._looks_at(batch):
+            if not level.finite(level.joint):
+                raise NonFiniteError("the gradient of the weighted losses is not finite")
+            if batch.seed is not None and not bool(level.finite_heads()):
+                raise NonFiniteError(HEADS_NOT_FINITE)
+
+    def _searched(
+        self, batch: Batch, level: GradientLevel
     ) -> tuple[Info, Sequence[float | Tensor] | None]:
-        """New weights, or the last ones; the joint rows are written with them.
+        """New weights, or the last ones; the joint row is written with them.
 
         Returns:
             What is known but for the passes, and what heads' gradients are multiplied by.
@@ -200,60 +275,63 @@ class GradientBalancer(Balancer):
             NonFiniteError: a gradient is not finite; nothing has changed.
             SolverError: there are no weights, with `on_failure="raise"`; likewise.
         """
-        assert self.weights is not None
-        if batch.seed is not None and not bool(buffers.finite_heads()):
+        gradients = level.gradients
+        if not any(gradients.reached):
+            raise RuntimeError(
+                f"no loss reaches {self._shared_name}: they are not what the model computes with"
+            )
+        active = [i for i, on in enumerate(gradients.touched) if on]
+        if (
+            self._search.device is None
+            and batch.seed is not None
+            and not bool(level.finite_heads())
+        ):
             raise NonFiniteError(HEADS_NOT_FINITE)
-        gram = status = None
-        weights = self.weights.clone()
-        try:
-            if active:
-                gram, found = self._weigh(buffers, active, batch)
-                weights[active] = found.to("cpu", torch.float64)
-                self._join(buffers, active, weights)
-        except SolverError as error:
-            if self.on_failure == "raise":
-                raise
-            status = error.status
-            self._counted["held"] += 1
-            warn(f"weights held: {error} (stats['held'])")
-            settled = self._settled(active)
-            if settled:
-                weights[[i for i in active if i not in settled]] = weights[settled].mean()
-            weights = self._held(buffers, active, weights)
-            buffers.combine(buffers.task_rows, _only(active, weights))
+        if active:
+            decision = self._decide(batch, level, active)
         else:
-            self._found = True
-            self._searched.update(active)
-        self.weights = weights
-        result = None if gram is None else self._result()
-        return Info(weights, self.names, gram, result, status), self._head_weights(batch)
+            decision = Decision(self._search.last, self._search.joint(active))
+            self._search.counts["searches"] += 1
+        self._counted["untouched"] += len(batch.tasks) - len(active)
+        info = Info(decision.weights, self.names, decision.gram, decision.result, decision.status)
+        factors = self._head_weights(batch)
+        if decision.poison is not None:
+            factors = [a * decision.poison for a in factors or [1.0] * len(decision.weights)]
+        return info, factors
 
-    def _settled(self, active: list[int]) -> list[int]:
-        """The tasks with weights of a search, if there are such and active ones without: those
-        stand with the mean of these until they are given one, as their initial weight is of no
-        known scale."""
-        return sorted(self._searched) if not self._searched.issuperset(active) else []
+    def _decide(self, batch: Batch, level: GradientLevel, active: list[int]) -> Decision:
+        """The decision of the search; the joint row is written."""
+        try:
+            weights = self._weigh(level, active, batch)
+        except SolverError as error:
+            decision = self._search.hold(error, active)
+            level.combine(level.task_rows, decision.joint)
+            return decision
+        decision = self._search.take(active, weights)
+        self._join(level, active, decision.weights)
+        return decision
 
-    def _between(self, batch: Batch, buffers: Buffers) -> tuple[Tensor, Info]:
-        """A step without a search: one backward of the weighted losses."""
-        before = buffers.gradients.backwards
-        buffers.gradients.weighted(
-            batch.values,
-            self._last_weights(),
-            row=buffers.joint,
-            seed=batch.seed,
-            divides=self._divides(batch),
-        )
-        if self._looks_at(batch):
-            if not buffers.finite(buffers.joint):
-                what = "the gradient of the weighted losses is not finite"
-                return self._refuse(batch, what, scaled=True)
-            if batch.seed is not None and not bool(buffers.finite_heads()):
-                return self._refuse(batch, HEADS_NOT_FINITE, scaled=True)
-        self._counted["backwards"] += buffers.gradients.backwards - before
-        assert self.weights is not None
-        info = Info(self.weights.clone(), self.names)
-        return self._deliver(batch, buffers, self._head_weights(batch)), info
+    def _accumulated(self, batch: Batch, passes: str | None) -> tuple[Tensor, Info]:
+        """End a call that only adds to the pending gradients."""
+        for i, loss in zip(batch.tasks, batch.losses.unbind(), strict=True):
+            self._summed[i] = loss + self._summed[i] if i in self._summed else loss
+        if batch.unbalanced is not None:
+            self._backward_unbalanced(batch)
+        info = Info(self._search.last.clone(), self.names, passes=passes)
+        return self._weighted_sum(batch), info
+
+    def _end_refused(self, batch: Batch) -> tuple[Tensor, Info]:
+        """A later call of an accumulated step that was refused."""
+        if not batch.accumulate:
+            self._forget_pending()
+        skipped = "an earlier call of this accumulated step is not finite"
+        return self._weighted_sum(batch), Info(self.weights, self.names, skipped=skipped)
+
+    def _refuse(self, batch: Batch, what: str, *, scaled: bool = False) -> tuple[Tensor, Info]:
+        self._forget_pending()
+        if batch.accumulate:
+            self._pending = "refused"
+        return super()._refuse(batch, what, scaled=scaled)
 
     def _moved(self, batch: Batch) -> list[Tensor]:
         inputs, heads = self._listed(batch)
@@ -263,24 +341,33 @@ class GradientBalancer(Balancer):
         return [p for p in (*trunk, *(p for _, p in heads)) if p.requires_grad]
 
     def _deliver(
-        self, batch: Batch, buffers: Buffers, head_weights: Sequence[float | Tensor] | None
+        self, batch: Batch, level: GradientLevel, head_weights: Sequence[float | Tensor] | None
     ) -> Tensor:
         """Write `.grad`; returns the weighted sum of the losses."""
-        buffers.deliver(head_weights)
-        self._counted["backwards"] += buffers.at_features
+        level.deliver(head_weights, retain=batch.keeps_graph)
+        self._counted["backwards"] += level.at_features
+        if batch.unbalanced is not None:
+            self._backward_unbalanced(batch)
         return self._weighted_sum(batch)
 
-    def _per_task(self, batch: Batch, buffers: Buffers) -> str:
+    def _backward_unbalanced(self, batch: Batch) -> None:
+        """Add the gradient of the loss beside the balanced ones to `.grad`."""
+        assert batch.unbalanced is not None
+        torch.autograd.backward(batch.unbalanced, batch.seed, retain_graph=batch.retain_graph)
+        self._counted["backwards"] += 1
+
+    def _take_per_task(self, batch: Batch, level: GradientLevel) -> str:
         """Fill the rows; returns how."""
-        gradients = buffers.gradients
+        gradients = level.gradients
+        keep = batch.keeps_graph
         at_once = min(self.at_once or AT_ONCE, len(batch.tasks))
-        if at_once == 1 or not self._batches(buffers):
-            gradients.per_task(batch.values, seed=batch.seed)
+        if at_once == 1 or not self._batches(level):
+            gradients.per_task(batch.values, seed=batch.seed, retain=keep)
             return "loop"
         if self._batchable is not False:
             try:
                 # The graph has to outlive an attempt that may fail.
-                retain = self.passes == "auto" and self._batchable is None
+                retain = keep or (self.passes == "auto" and self._batchable is None)
                 gradients.per_task(batch.values, at_once=at_once, retain=retain, seed=batch.seed)
                 self._batchable = True
                 return f"batched ({at_once} at once)"
@@ -292,22 +379,22 @@ class GradientBalancer(Balancer):
                 self._batchable = False
                 self._why_loop = str(error).splitlines()[0]
                 warn(f"batched backward failed, from now on in a loop: {self._why_loop}")
+                if self._summed:
+                    raise  # the rows of earlier micro-batches may be half written
                 gradients.clear()
-        gradients.per_task(batch.values, seed=batch.seed)
+        gradients.per_task(batch.values, seed=batch.seed, retain=keep)
         return f"loop (batched failed: {self._why_loop})"
 
-    def _batches(self, buffers: Buffers) -> bool:
+    def _batches(self, level: GradientLevel) -> bool:
         """Whether to try a batched backward."""
-        return self.passes == "batched" or (self.passes == "auto" and buffers.device.type != "cpu")
+        return self.passes == "batched" or (self.passes == "auto" and level.device.type != "cpu")
 
     @abstractmethod
-    def _weigh(
-        self, buffers: Buffers, active: list[int], batch: Batch
-    ) -> tuple[Tensor | None, Tensor]:
-        """The Gram matrix, if the method has one, and the weights (n,) of the active tasks.
+    def _weigh(self, level: GradientLevel, active: list[int], batch: Batch) -> Tensor:
+        """The weights (n,) of the active tasks.
 
         Args:
-            buffers: the rows.
+            level: the rows.
             active: the n tasks that are present and touch what is shared.
             batch: the call.
 
@@ -316,38 +403,34 @@ class GradientBalancer(Balancer):
             SolverError: there are no weights.
         """
 
-    def _join(self, buffers: Buffers, active: list[int], weights: Tensor) -> None:
+    def _join(self, level: GradientLevel, active: list[int], weights: Tensor) -> None:
         """Write the joint gradient into the joint rows; one pass over the tasks' rows.
 
         Args:
             weights: (T,) float64 on the CPU; those of tasks not in `active` do not count.
         """
-        buffers.combine(buffers.task_rows, _only(active, weights))
+        level.combine(level.task_rows, only(active, weights))
 
     def _last_weights(self) -> Sequence[float] | Tensor:
-        """The weights (T,) of the last search, as `TaskGradients.weighted` takes them."""
-        assert self.weights is not None
-        weights: list[float] = self.weights.tolist()
-        return weights
+        """The weights (T,) of the last search, as `TaskGradients.weighted` takes them: on a device
+        that decides they are not read."""
+        weights = self._search.last
+        return weights if self._search.device is not None else weights.tolist()
 
     def _divides(self, batch: Batch) -> bool:
         """Whether the heads' own gradients can be had by dividing the last weights out."""
         return True
 
-    def _held(self, buffers: Buffers, active: list[int], weights: Tensor) -> Tensor:
-        """The weights (T,) of a search without an answer, from the last ones."""
-        return weights
-
     def _head_weights(self, batch: Batch) -> Sequence[float | Tensor] | None:
         """What every task's own gradient is multiplied by on its heads; None for 1."""
         return list(self._last_weights()) if self.heads == "weighted" else None
 
-    def _why_on_host(self, n_tasks: int, buffers: Buffers | None) -> str | None:
+    def _why_on_host(self, n_tasks: int, level: GradientLevel | None) -> str | None:
         """Why a search has to read what the device computes; None where it has not.
 
         Args:
             n_tasks: T.
-            buffers: of all gradients; None where they are not known yet.
+            level: of all gradients; None where they are not known yet.
         """
         return f"{type(self).__name__} decides on the host"
 
@@ -358,17 +441,21 @@ class GradientBalancer(Balancer):
     def _looks_at(self, batch: Batch) -> bool:
         return not self.capturable and super()._looks_at(batch)
 
-    def _positive_losses(self, batch: Batch, why: str) -> dict[int, float]:
-        """The present tasks' losses, refused where one is not positive; waits for the device."""
+    def _losses(self, batch: Batch) -> dict[int, float]:
+        """The losses of the tasks that take part in the step, all calls of an accumulated step
+        added up; synchronizes with a device."""
         losses = dict(zip(batch.tasks, batch.losses.tolist(), strict=True))
+        for i, loss in self._summed.items():
+            losses[i] = losses.get(i, 0.0) + float(loss)
+        return losses
+
+    def _positive_losses(self, batch: Batch, why: str) -> dict[int, float]:
+        """`_losses`, refused where one is not positive."""
+        losses = self._losses(batch)
         for i, loss in losses.items():
             if loss <= 0:
                 raise ValueError(f"{self._label(i)} must be positive: {why}; got {loss:g}")
         return losses
-
-    def _result(self) -> Any:
-        """The solver's result of the last search, if there is a solver."""
-        return None
 
     @property
     def _shared_name(self) -> str:
@@ -387,11 +474,11 @@ class GradientBalancer(Balancer):
                 + (" with level='features'" if name == "features" else "")
                 + f", got {inputs}"
             )
-        check_inputs(name, inputs)
+        inputs = trainable(name, inputs)
         if name == "features" and batch.shared is not None:
-            check_inputs("shared_parameters", batch.shared)
+            batch.shared = trainable("shared_parameters", batch.shared)
         heads = heads_of(batch, inputs, self.names, len(self.weights))
-        old = self._buffers
+        old = self._gradient_level
         if old is not None and batch.heads is None:
             # The heads of tasks that are absent now are not in the graph.
             known = [(i, p) for i, p in old.heads if p.requires_grad]
@@ -400,126 +487,103 @@ class GradientBalancer(Balancer):
         batch.listed = inputs, heads
         return batch.listed
 
-    def _buffers_for(self, batch: Batch) -> Buffers:
-        """The buffers for the tensors of this call: those of the last one if they fit."""
-        assert self.weights is not None
+    def _level_for(self, batch: Batch) -> GradientLevel:
+        """The level for the tensors of this call: that of the last one if it fits."""
         inputs, heads = self._listed(batch)
-        old = self._buffers
+        old = self._gradient_level
         if old is None or not old.fits(inputs, heads):
-            survey(batch, inputs, heads)
-            new = Buffers(inputs, heads, len(self.weights), at_features=inputs is batch.features)
+            if self._pending is not None:
+                raise ValueError(
+                    "the parameters must stay the same in all calls of an accumulated step; call "
+                    "backward without accumulate=True before they change"
+                )
+            at_features = inputs is batch.features or self._shared_name == "features"
+            trunk = batch.shared or [] if at_features else None
+            listed = [*inputs, *(trunk or ()), *(p for _, p in heads)]
+            survey(batch.present, inputs, listed, trunk=trunk)
+            new = GradientLevel(inputs, heads, len(self._search.last), at_features=at_features)
             self._take_over(old, new)
             if old is not None and old.same_heads(heads):
                 new.take_known_heads(old.known_heads())
             elif old is None and batch.heads is not None:
                 new.take_known_heads(self._known_heads)
             self._heads_given = batch.heads is not None
-            self._buffers = old = new
-        old.keep_old_grads()
+            self._gradient_level = old = new
+        if self._pending is None:
+            old.keep_old_grads()
         old.bind(inputs, batch.shared, batch.seed)
+        if capturing(old.device):
+            kept = self._captured
+            kept += [x for x in (old, self._search.device) if all(x is not y for y in kept)]
         return old
 
-    def _memory(self) -> list[object]:
-        """What holds the memory that a step writes to and that outlives it."""
-        return [self._buffers]
-
-    def _take_over(self, old: Buffers | None, new: Buffers) -> None:
-        """Bring state of the rows' size into new buffers; raises before it changes anything."""
+    def _take_over(self, old: GradientLevel | None, new: GradientLevel) -> None:
+        """Bring state of the rows' size into new level; raises before it changes anything."""
         return None
 
     def _heads_for_state(self) -> dict[str, Any]:
         """What is known of the heads. Where the graph was walked for them, their order depends on
         what came when, and the next run has to find out for itself."""
-        if self._buffers is None:
+        if self._gradient_level is None:
             return copy.deepcopy(self._known_heads)
-        return self._buffers.known_heads() if self._heads_given else {}
+        return self._gradient_level.known_heads() if self._heads_given else {}
 
     def _state(self) -> dict[str, Any]:
-        return {"heads": self._heads_for_state(), "searched": sorted(self._searched)}
+        return {"heads": self._heads_for_state(), "searched": sorted(self._search.searched)}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self._buffers = None
+        self._gradient_level = None
         self._known_heads = copy.deepcopy(state["heads"])
-        self._searched = set(state["searched"])
+        self._search.searched = set(state["searched"])
+        self._forget_pending()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles hold no gradients: the buffers show another model's parameters."""
+        """Copies and pickles hold no gradients: the level shows another model's parameters."""
         known = self._heads_for_state()
-        return {**self.__dict__, "_buffers": None, "_captured": [], "_known_heads": known}
+        return {**self.__dict__, "_gradient_level": None, "_captured": [], "_known_heads": known}
 
     def _options(self) -> dict[str, Any]:
         options = {"level": (self.level, "parameters"), "heads": (self.heads, "own")}
         return {k: value for k, (value, default) in options.items() if value != default}
 
 
-class GramBalancer(GradientBalancer):
+class GramBalancer(DecidesOnHost, GradientBalancer):
     """Base of the methods whose weights come from the Gram matrix of the gradients.
 
     Args:
-        weighting: Gram (n, n) -> weights (n,).
+        weighting: a `fastmto.weightings.Weighting`, any callable Gram (n, n) -> weights (n,), or
+            the name of a method in `fastmto.weightings`.
         n_tasks, options: as `GradientBalancer`.
     """
 
+    STEPS = frozenset({"_decide", "_solve", "_join"})
+    weighting: Weighting
+
     def __init__(
         self,
-        weighting: Weighting,
+        weighting: Weighting | str | Callable[[Tensor], Tensor],
         n_tasks: int | None = None,
         **options: Unpack[GradientOptions],
     ) -> None:
+        # A weighting that needs the losses is called with them by the method that has it.
+        if not isinstance(weighting, Weighting):
+            weighting = as_weighting(weighting)
         self.weighting = weighting
-        self._weights: Tensor | None = None  # while none are on a device
-        self._device_search: DeviceSearch | None = None
         super().__init__(n_tasks, **options)
 
     def reset(self) -> None:
         self.weighting.reset()
-        self._forget_tally()
         super().reset()
 
-    @property
-    def weights(self) -> Tensor | None:
-        search = self._device_search
-        return self._weights if search is None or self._weights is None else search.weights
-
-    @weights.setter
-    def weights(self, weights: Tensor | None) -> None:
-        search = self._device_search
-        self._weights = weights
-        if search is None or weights is None:
-            return
-        if len(weights) == len(search.weights):
-            search.weights.copy_(weights)  # replays of a CUDA graph go by them, too
-        else:
-            self._device_search = None
-
-    def _forget_tally(self) -> None:
-        if self._device_search is not None:
-            self._device_search.tally.zero_()
-
-    @property
-    def stats(self) -> dict[str, int]:
-        counted = dict(self._counted)
-        if self._device_search is not None:
-            for name, more in zip(
-                ("held", "skipped"), self._device_search.tally.tolist(), strict=True
-            ):
-                counted[name] += more
-        return counted
-
-    def _solver(self, n_tasks: int) -> DeviceSolver | None:
+    def device_solver(self, n_tasks: int) -> DeviceSolver | None:
         """What finds the weights on the device; None where a subclass does more than its weighting
         and has not said how that is done there."""
-        speaks = speaks_for(self, "_device_solver", ("_weigh", "_solve", "_join", "_held"))
-        return self._device_solver(n_tasks) if speaks else None
-
-    def _device_solver(self, n_tasks: int) -> DeviceSolver | None:
-        """The function for `_solver`, of this class's searches."""
         return self.weighting.device_solver(n_tasks)
 
-    def _why_on_host(self, n_tasks: int, buffers: Buffers | None) -> str | None:
+    def _why_on_host(self, n_tasks: int, level: GradientLevel | None) -> str | None:
         obstacles = {
             f"the weights of {n_tasks} tasks by {self.weighting!r} are found on the host": (
-                self._solver(n_tasks) is None
+                self.device_solver(n_tasks) is None
             ),
             f"on_failure={self.on_failure!r} has to look": self.on_failure != "hold",
             f"on_nonfinite={self.on_nonfinite!r} has to look": (
@@ -527,107 +591,53 @@ class GramBalancer(GradientBalancer):
             ),
             "small weights of float16 gradients have to be known with update_weights_every > 1": (
                 self.update_weights_every > 1
-                and buffers is not None
-                and torch.float16 in buffers.dtypes
+                and level is not None
+                and torch.float16 in level.dtypes
             ),
             "task-specific parameters lie on another device than what is shared": (
-                buffers is not None and any(p.device != buffers.device for _, p in buffers.heads)
+                level is not None and any(p.device != level.device for _, p in level.heads)
             ),
         }
         return next((why for why, stands in obstacles.items() if stands), None)
 
-    def _take_over(self, old: Buffers | None, new: Buffers) -> None:
-        assert self.weights is not None
-        n_tasks, search = len(self.weights), self._device_search
+    def _take_over(self, old: GradientLevel | None, new: GradientLevel) -> None:
+        search = self._search
+        n_tasks = len(search.last)
         wanted = new.device.type != "cpu" if self.capturable is None else self.capturable
         why = self._why_on_host(n_tasks, new) if wanted else "it is not wanted"
         if self.capturable:
             self._refuse_capturable(why)
         super()._take_over(old, new)
-        if why is None and search is not None and search.weights.device == new.device:
-            return
-        if search is not None:
-            self._counted, self._weights = self.stats, search.weights.cpu()
-        solver = self._solver(n_tasks) if why is None else None
-        self._device_search = solver and DeviceSearch(solver, self.weights, new.device)
-
-    def _memory(self) -> list[object]:
-        return [*super()._memory(), self._device_search]
-
-    def _last_weights(self) -> Sequence[float] | Tensor:
-        search = self._device_search
-        return super()._last_weights() if search is None else search.weights
+        solver = self.device_solver(n_tasks) if why is None else None
+        search.decide_on(None if solver is None else new.device)
+        search.place({x.dtype for x in new.layouts}, numel=new.numel, solver=solver)
 
     def _divides(self, batch: Batch) -> bool:
         # On the device nobody sees which weights are 0; with a scaler activations are of 16 bits.
-        return self._device_search is None or (
-            isinstance(self.weighting, Bargaining | Equal) and batch.seed is None
-        )
+        return self._search.device is None or (self.weighting.positive and batch.seed is None)
 
-    def _search(
-        self, batch: Batch, buffers: Buffers, active: list[int]
-    ) -> tuple[Info, Sequence[float | Tensor] | None]:
-        search = self._device_search
-        if search is None or not active:
-            return super()._search(batch, buffers, active)
+    def _decide(self, batch: Batch, level: GradientLevel, active: list[int]) -> Decision:
         scaled = batch.seed is not None
-        found = search(
-            buffers.gram(),
+        on_device = self._search.device is not None
+        looks = self.on_nonfinite != "ignore" or scaled
+        decision = self._search.solve(
+            level.gram(),
             active,
-            self._settled(active),
-            most_kappa=MOST_KAPPA if buffers.narrow else math.inf,
-            hold=self._hold,
-            heads_finite=buffers.finite_heads() if scaled else None,
+            weigh=lambda gram, tasks: self._solve(gram, active, batch),
+            label=self._label if looks else None,
+            finite=level.finite_heads() if scaled and on_device else None,
+            scaled=scaled,
         )
-        buffers.combine(buffers.task_rows, found.joint)
-        if not self._found and not capturing(buffers.device):
-            self._found = bool(found.taken)  # a search a step until there are weights
-        if self._found:
-            self._searched.update(active)
-        info = Info(found.weights, self.names, found.gram, found.result)
-        factors = self._head_weights(batch)
-        if scaled:
-            factors = [a * found.poison for a in factors or [1.0] * len(found.weights)]
-        return info, factors
+        self._join(level, active, decision.joint)
+        return decision
 
-    def _weigh(self, buffers: Buffers, active: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
-        gram = buffers.host_gram(active)
-        looks = self.on_nonfinite != "ignore" or batch.seed is not None
-        if looks and not bool(gram.diagonal().isfinite().all()):
-            bad = int((~gram.diagonal().isfinite()).nonzero()[0])
-            raise NonFiniteError(f"the gradient of {self._label(active[bad])} is not finite")
-        weights = self._solve(gram, active, batch)
-        kappa = getattr(self._result(), "kappa", 0.0)
-        if buffers.narrow and kappa > MOST_KAPPA:
-            raise SolverError(
-                f"no {type(self).__name__} weights: nearer to Pareto stationarity (kappa "
-                f"{kappa:.3g}) than a Gram matrix of {buffers.layouts[0].dtype} gradients tells",
-                "near_stationary",
-            )
-        return gram, weights
+    def _weigh(self, level: GradientLevel, active: list[int], batch: Batch) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} decides by `_solve`")
 
     def _solve(self, gram: Tensor, active: list[int], batch: Batch) -> Tensor:
         """The weights (n,) of the active tasks from their Gram matrix (n, n), float64."""
-        assert self.weights is not None
-        everyone = len(active) == len(self.weights)
+        everyone = len(active) == len(self._search.last)
         return self.weighting(gram, None if everyone else active)
-
-    def _result(self) -> Any:
-        return getattr(self.weighting, "result", None)
-
-    def _held(self, buffers: Buffers, active: list[int], weights: Tensor) -> Tensor:
-        weights[active] = self._hold(buffers.host_gram(active), weights[active])
-        return weights
-
-    def _hold(self, gram: Tensor, weights: Tensor) -> Tensor:
-        """The weights (n,) of a search without an answer, from the last ones, by operations that
-        read nothing.
-
-        Args:
-            gram: (n, n) of the search.
-            weights: (n,) float64 beside it; not modified.
-        """
-        return weights
 
     def _state(self) -> dict[str, Any]:
         return {**super()._state(), "weighting": self.weighting.state_dict()}
@@ -635,20 +645,7 @@ class GramBalancer(GradientBalancer):
     def _load(self, state: Mapping[str, Any]) -> None:
         self.weighting.load_state_dict(state["weighting"])
         super()._load(state)
-        self._forget_tally()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {**super().__getstate__(), "_device_search": None, "_counted": self.stats}
-        if self.weights is not None:
-            state["_weights"] = self.weights.to("cpu", copy=True)
-        return state
+        self._search.forget_counts()
 
     def _options(self) -> dict[str, Any]:
         return {"weighting": self.weighting, **super()._options()}
-
-
-def _only(tasks: Sequence[int], weights: Tensor) -> Tensor:
-    """`weights` (T,) with 0 for all but some tasks."""
-    kept = torch.zeros_like(weights)
-    kept[list(tasks)] = weights[list(tasks)]
-    return kept

@@ -11,7 +11,8 @@ from torch.nn import Parameter
 
 from .. import weightings
 from ..engine.balancer import Batch
-from ..engine.buffers import Buffers
+from ..engine.gradient_level import GradientLevel
+from ..engine.search import Decision
 from .gradient_balancer import GradientOptions, GramBalancer
 
 if TYPE_CHECKING:
@@ -64,17 +65,22 @@ class IMTL(GramBalancer):
             raise ValueError("n_tasks must be given where parameters() is asked for before a step")
         return list(self._scales)
 
-    def _weigh(self, buffers: Buffers, active: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
-        gram, weights = super()._weigh(buffers, active, batch)
-        # Only now: a step that is skipped or held leaves no gradient here either.
+    def _decide(self, batch: Batch, level: GradientLevel, active: list[int]) -> Decision:
+        decision = super()._decide(batch, level, active)
+        if decision.status is None:
+            # A step that is skipped or held leaves no gradient here either.
+            self._add_gradients(batch)
+        return decision
+
+    def _add_gradients(self, batch: Batch) -> None:
+        """The gradient exp(s_i) L_i - 1 of every present task's scale."""
         factors = self._factors()
-        for i, loss in zip(batch.tasks, batch.losses.tolist(), strict=True):
+        for i, loss in self._losses(batch).items():
             scale = self._scales[i]
             grad = torch.full_like(scale, float(factors[i]) * loss - 1)
             if batch.seed is not None:
                 grad *= batch.seed.to(grad.device)
             scale.grad = grad if scale.grad is None else scale.grad + grad
-        return gram, weights
 
     def _solve(self, gram: Tensor, active: list[int], batch: Batch) -> Tensor:
         factors = self._factors()[active]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..engine.balancer import Balancer, Batch, Info
-from ..engine.buffers import heads_of
+from ..engine.survey import heads_of
 from ..optim import pub
 
 

@@ -60,10 +60,18 @@ class Batch:
     features: list[Tensor] | None
     closure: Callable[[], Losses] | None
     seed: Tensor | None = None
+    unbalanced: Tensor | None = None
+    retain_graph: bool = False
+    accumulate: bool = False
     listed: tuple[list[Tensor], list[tuple[int | None, Tensor]]] | None = None
 
     def __post_init__(self) -> None:
         self.tasks = [i for i, value in enumerate(self.values) if value is not None]
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether the graph is needed after the tasks' backward passes."""
+        return self.retain_graph or self.unbalanced is not None
 
     @property
     def present(self) -> list[Tensor]:
@@ -268,6 +276,10 @@ class Balancer(ABC):
         features: Tensor | Sequence[Tensor] | None = None,
         closure: Callable[[], Losses] | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        *,
+        unbalanced: Tensor | None = None,
+        retain_graph: bool = False,
+        accumulate: bool = False,
     ) -> tuple[Tensor, Info]:
         """Add the balanced gradients to `.grad`; takes the place of `loss.backward()`.
 
@@ -314,6 +326,9 @@ class Balancer(ABC):
             as_tensors("last_shared_parameters", last_shared_parameters),
             as_tensors("features", features),
             closure,
+            unbalanced=unbalanced,
+            retain_graph=retain_graph,
+            accumulate=accumulate,
         )
         scaler = check_scaler(scaler)
         if scaler is not None:
@@ -325,7 +340,7 @@ class Balancer(ABC):
                 return self._refuse(batch, f"{label} is not finite")
         searches = not self._found or self._steps % self.update_weights_every == 0
         loss, info = self._backward(batch, searches)
-        if info.skipped is None:
+        if info.skipped is None and not accumulate:
             self._steps += 1
             self._counted["steps"] += 1
             self._counted["absent"] += len(values) - len(batch.tasks)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -49,6 +50,15 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def own_storage(view: Tensor) -> Tensor:
+    """The same memory as a tensor whose storage covers just itself.
+
+    Savers group tensors by storage: of slices of one buffer they write one, or the whole buffer.
+    """
+    alias: Tensor = torch.utils.dlpack.from_dlpack(view.detach())
+    return alias
+
+
 def _aligned_zeros(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """n zeros that start on a cache line."""
     spare = ALIGNMENT // dtype.itemsize
@@ -74,15 +84,15 @@ class FlatLayout:
         self.dtype = self.parameters[0].dtype
         self.device = self.parameters[0].device
         step = ALIGNMENT // self.dtype.itemsize
-        self._offsets = [0]
+        self.offsets = [0]
         for p in self.parameters:
-            self._offsets.append(self._offsets[-1] + -(-p.numel() // step) * step)
-        self.segments = torch.tensor(self._offsets, dtype=torch.int64, device=self.device)
+            self.offsets.append(self.offsets[-1] + -(-p.numel() // step) * step)
+        self.segments = torch.tensor(self.offsets, dtype=torch.int64, device=self.device)
         self.numel = sum(p.numel() for p in self.parameters)
 
     def __len__(self) -> int:
         """P, the zeros between tensors included."""
-        return self._offsets[-1]
+        return self.offsets[-1]
 
     def rows(self, n_rows: int, dtype: torch.dtype | None = None, fill: float = 0.0) -> Tensor:
         """A new buffer (n_rows, P), every row on a cache line.
@@ -103,14 +113,14 @@ class FlatLayout:
         """The pieces of a (P,) vector, each with its parameter's shape and strides."""
         return [
             vector[offset:].as_strided(p.shape, p.stride())
-            for p, offset in zip(self.parameters, self._offsets[:-1], strict=True)
+            for p, offset in zip(self.parameters, self.offsets[:-1], strict=True)
         ]
 
     def stacked_views(self, rows: Tensor) -> list[Tensor]:
         """The pieces of (T, P) rows, each of shape (T, *parameter.shape)."""
         return [
             rows[:, offset:].as_strided((len(rows), *p.shape), (rows.stride(0), *p.stride()))
-            for p, offset in zip(self.parameters, self._offsets[:-1], strict=True)
+            for p, offset in zip(self.parameters, self.offsets[:-1], strict=True)
         ]
 
 
@@ -134,32 +144,19 @@ class FlatParameters(FlatLayout):
                 p.data = view
         self._pointers = [p.data_ptr() for p in self.parameters]
 
-    def check(self, label: str, *, grads: bool) -> None:
-        """Refuse to go on when a parameter has left the buffer, been frozen, or has a `.grad`.
+    def check(self, label: str) -> None:
+        """Refuse to go on when a parameter has left the buffer.
 
         Args:
             label: what the parameters are called in the message.
-            grads: whether `.grad` may be set.
 
         Raises:
             RuntimeError: naming the first such parameter and what to do.
         """
         for p, pointer in zip(self.parameters, self._pointers, strict=True):
-            if p.data_ptr() == pointer and p.requires_grad and (grads or p.grad is None):
-                continue
-            named = f"a {label} of shape {tuple(p.shape)}"
             if p.data_ptr() != pointer:
                 raise RuntimeError(
-                    f"{named} no longer lives in the optimizer's buffer: the model was moved or "
-                    "converted (.to, .half, p.data = ...) after the optimizer was built; do that "
-                    "first, then build the optimizer"
+                    f"a {label} of shape {tuple(p.shape)} no longer lives in the optimizer's "
+                    "buffer: the model was moved or converted (.to, .half, p.data = ...) after the "
+                    "optimizer was built; do that first, then build the optimizer"
                 )
-            if not p.requires_grad:
-                raise RuntimeError(
-                    f"{named} does not require grad any more; to freeze parameters build a new "
-                    "optimizer without them"
-                )
-            raise RuntimeError(
-                f"{named} has a .grad from another backward, which would be lost: make that loss "
-                "a part of the tasks' losses, or call zero_grad()"
-            )

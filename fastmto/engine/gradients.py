@@ -230,6 +230,8 @@ class TaskGradients:
         row: int = 0,
         seed: Tensor | None = None,
         divides: bool = True,
+        retain: bool = False,
+        unbalanced: Tensor | None = None,
     ) -> None:
         """One backward of sum_i weights_i L_i into `row`; heads get weights_i divided out again.
 
@@ -268,7 +270,7 @@ class TaskGradients:
                 values,
                 [shares[i] for i in joint],
                 heads if divides else [],
-                retain=bool(apart),
+                retain=bool(apart) or retain or unbalanced is not None,
             )
             self._take(list(joint), grads, row=row, add=add)
             for h, own in head_grads.items():
@@ -282,10 +284,42 @@ class TaskGradients:
         fresh: list[tuple[int, HeadGrads]] = []
         for i, loss in present:
             if i in apart:
-                retain = i != apart[-1]
-                fresh += self._one_task(i, loss, row=row, add=True, retain=retain, weight=shares[i])
+                keep = retain or unbalanced is not None or i != apart[-1]
+                fresh += self._one_task(i, loss, row=row, add=True, retain=keep, weight=shares[i])
         self._settle_owners(fresh)
         self._empty = False
+        if unbalanced is not None:
+            self.extra(unbalanced, row=row, seed=seed, retain=retain)
+
+    @property
+    def shared(self) -> list[Tensor]:
+        return self._shared
+
+    def take_over(self, old: TaskGradients) -> None:
+        n = len(old.inspected)
+        self.owners[: len(old.owners)] = [
+            a if b is None else b for a, b in zip(old.owners, self.owners)
+        ]
+        self.inspected[:n] = old.inspected
+        self.reaches[:n] = old.reaches
+        self.reached = list(old.reached)
+        self.backwards = old.backwards
+        self._empty = old._empty
+        self.present[:n] = old.present
+        self.touched[:n] = old.touched
+        self.filled[: len(old.filled)] = old.filled
+        self.hits = list(old.hits)
+        for new, rows in zip([*self.rows, *self.head_rows], [*old.rows, *old.head_rows]):
+            new[: len(rows)].copy_(rows)
+
+    def extra(self, loss, *, row, seed=None, retain=False) -> None:
+        self._seed = seed
+        heads = list(range(len(self._heads)))
+        grads, head_grads = self._backward([loss], [1.0], heads, retain=retain)
+        _write(self._views[row], grads, add=not self._empty and row == 0)
+        self.hits = [a or b is not None for a, b in zip(self.hits, grads, strict=True)]
+        for h, own in head_grads.items():
+            self._take_head(h, own)
 
     def _one_task(
         self,

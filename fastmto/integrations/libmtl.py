@@ -25,14 +25,18 @@ except ImportError as error:
         f"has no torchvision.models.utils ({error})"
     ) from error
 
-from ..balancers import registry
-from ..balancers.db_mtl import DBMTL
-from ..balancers.dwa import DWA
-from ..balancers.gradient_balancer import GradientBalancer, GramBalancer
-from ..balancers.gradnorm import GradNorm
-from ..balancers.loss_balancer import LossBalancer
-from ..balancers.nashmtl import NashMTL
-from ..engine.balancer import Balancer, Info
+from ..balancers import (
+    DBMTL,
+    DWA,
+    Balancer,
+    GradientBalancer,
+    GradNorm,
+    GramBalancer,
+    Info,
+    LossBalancer,
+    NashMTL,
+    registry,
+)
 
 #: LibMTL's names of `weight_args` -> the balancers' own. None: has no counterpart here, because
 #: the solvers are exact.
@@ -90,10 +94,10 @@ class BalancerWeighting(AbsWeighting):
     rest of the balancer's state is in `state_dict` as well.
 
     With `rep_grad=True` gradients are compared at the representations, one pass through the
-    encoder a step. As in LibMTL a task's gradient is summed over the batch before: the Gram matrix
-    is that of a common shift of all representations. A method that does not combine gradients by
-    weights (GradDrop, DB-MTL) takes the representation as it is and needs it to be one for all
-    tasks.
+    encoder per step. As in LibMTL a task's gradient is summed over the batch before: the Gram
+    matrix is that of a common shift of all representations. A method that does not combine
+    gradients by weights (GradDrop, DB-MTL) takes the representation as it is and needs it to be
+    one for all tasks.
 
     Differences from LibMTL's methods of the same names: RLW's and Aligned-MTL's weights are T
     times and 1/T times LibMTL's; MGDA's normalised gradients only serve to find weights; GradDrop

@@ -16,6 +16,7 @@ of the same names. To get TorchJD's answers take `CAGrad(c, rescale=0)`, and on 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,16 +34,19 @@ from .. import weightings
 from ..errors import SolverError
 from ..solvers import dual_cone
 
+GramWeighting = weightings.Weighting | str | Callable[[Tensor], Any]
+
 
 class Weighting(torchjd.aggregation.Weighting[torchjd.linalg.PSDMatrix], torchjd.Stateful):
     """A TorchJD weighting: Gram matrix (T, T) -> weights (T,), of its dtype and on its device.
 
-    A Gram matrix on an accelerator is waited for: the solvers run in float64 on the host. The
-    weights carry no graph. State that the weighting keeps between calls (PCGrad's generator, a
+    A Gram matrix on an accelerator is synchronized with: the solvers run in float64 on the host.
+    The weights carry no graph. State that the weighting keeps between calls (PCGrad's generator, a
     warm start) is part of `state_dict`.
 
     Args:
-        weighting: of `fastmto.weightings`; `weighting.result` is the solver's last answer.
+        weighting: of `fastmto.weightings`, its name ("upgrad"), or a function Gram -> weights;
+            `weighting.result` is the solver's last answer.
 
     Raises:
         ValueError: something else than a weighting.
@@ -51,11 +55,9 @@ class Weighting(torchjd.aggregation.Weighting[torchjd.linalg.PSDMatrix], torchjd
             error and leave out the step where a run has to go on.
     """
 
-    def __init__(self, weighting: weightings.Weighting) -> None:
-        if not isinstance(weighting, weightings.Weighting):
-            raise ValueError(f"weighting must be a fastmto.weightings.Weighting, got {weighting!r}")
+    def __init__(self, weighting: GramWeighting) -> None:
         super().__init__()
-        self.weighting = weighting
+        self.weighting = weightings.as_weighting(weighting)
 
     def forward(self, gramian: Tensor, /) -> Tensor:
         with torch.no_grad():
@@ -82,13 +84,13 @@ class Aggregator(torchjd.aggregation.GramianWeightedAggregator, torchjd.Stateful
     with TorchJD's own Gram-based aggregators, and `optimize_gramian_computation=True` works.
 
     Args:
-        weighting: of `fastmto.weightings`.
+        weighting: as `Weighting`.
 
     Raises:
         SolverError: in a call, as `Weighting`.
     """
 
-    def __init__(self, weighting: weightings.Weighting) -> None:
+    def __init__(self, weighting: GramWeighting) -> None:
         super().__init__(Weighting(weighting))
 
     def reset(self) -> None:

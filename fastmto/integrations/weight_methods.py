@@ -23,11 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..balancers import registry
-from ..balancers.gradient_balancer import GradientBalancer, GramBalancer
+from ..balancers import GradientBalancer, GramBalancer, Info, registry
 from ..checks import check_choice, check_number
-from ..engine.balancer import Info
-from ..engine.gradients import Losses
 from ..weightings import Weighting
 
 #: The family's value of an argument and T -> the balancer's options.
@@ -43,7 +40,7 @@ class Convention:
     """How the family calls and scales a method; called with a number of tasks, a `Method`.
 
     Attributes:
-        key: of the balancer.
+        key: of the balancer, as `fastmto.get`.
         options: of the balancer, before what the caller gives.
         arguments: translations of the family's arguments; others are the balancer's own.
         logarithms: the losses' logarithms take the losses' place.
@@ -111,15 +108,12 @@ def _of_logarithms(weights: Tensor, losses: Tensor) -> Tensor:
 _WEIGHTED = {"heads": "weighted"}
 _MGDA: Mapping[str, Translation] = {"params": _params, "normalization": _normalization}
 
-#: The family's names, then all of fastmto's own.
+#: The family's names and all of fastmto's own; where both have one it means the family's.
 METHODS: dict[str, Convention] = {
     "stl": Convention("ls", arguments={"main_task": _main_task}),
-    "ls": Convention("ls"),
-    "uw": Convention("uncertainty"),
-    "scaleinvls": Convention("si"),
+    **{name: Convention(name) for name in ("ls", "uw", "scaleinvls", *registry.available())},
     "rlw": Convention("rlw", mean=True),
     "dwa": Convention("dwa", arguments={"iteration_window": _named("window")}, mean=True),
-    "pcgrad": Convention("pcgrad"),
     "mgda": Convention("mgda", _WEIGHTED, _MGDA, factor=_tasks),
     "log_mgda": Convention("mgda", _WEIGHTED, _MGDA, logarithms=True, factor=_of_logarithms),
     "graddrop": Convention("graddrop", max_norm=1.0),
@@ -137,7 +131,6 @@ METHODS: dict[str, Convention] = {
     ),
     "fairgrad": Convention("fairgrad", factor=_tasks, max_norm=1.0),
 }
-METHODS.update({key: Convention(key) for key in registry.available() if key not in METHODS})
 
 
 class WeightMethods:
@@ -248,7 +241,7 @@ class Method:
         task_specific_parameters: Tensor | Iterable[Tensor] | None = None,
         last_shared_parameters: Tensor | Iterable[Tensor] | None = None,
         representation: Tensor | Sequence[Tensor] | None = None,
-        closure: Callable[[], Losses] | None = None,
+        closure: Callable[[], Any] | None = None,
     ) -> Returned:
         """Balanced gradients into `.grad`.
 
@@ -335,8 +328,14 @@ class _Scaled(Weighting):
         self.factor = factor
         self.losses: list[Tensor] = []
 
-    def __call__(self, gram: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
-        weights = self.weighting(gram, tasks)
+    @property
+    def needs_losses(self) -> str:
+        return self.weighting.needs_losses
+
+    def __call__(
+        self, gram: Tensor, tasks: Sequence[int] | None = None, **losses: Tensor
+    ) -> Tensor:
+        weights = self.weighting(gram, tasks, **losses)
         self.result = self.weighting.result
         present = self.losses if tasks is None else [self.losses[i] for i in tasks]
         return weights * self.factor(weights, torch.stack(present).to(weights))

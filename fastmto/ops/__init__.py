@@ -84,7 +84,7 @@ import torch
 from torch import Tensor
 
 #: Device type -> module of this package. A new backend is a file, a row here and one in `_KEYS`.
-BACKENDS = {"cpu": "cpu", "cuda": "gpu"}
+BACKENDS = {"cpu": "cpu", "cuda": "triton.backend"}
 #: Device type -> key of torch's dispatcher; AMD's GPUs go by the second too.
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 #: Most tasks that `bargaining` and `mgda` take.

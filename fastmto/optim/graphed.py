@@ -86,7 +86,7 @@ class GraphedStep:
             ValueError: a batch of other shapes, dtypes or device.
         """
         optimizer, static = self._optimizer, self._take(batch)
-        optimizer._pending = None  # the step begins with zero_grad()
+        optimizer._pending.clear()  # the step begins with zero_grad()
         if optimizer.gradients is not self._gradients:
             # A state from before the first step was loaded: the graphs' memory is not its any more.
             self._gradients = optimizer.gradients
@@ -175,19 +175,20 @@ class Books:
 
     @classmethod
     def of(cls, optimizer: UpdateBalancer) -> Books:
-        return cls(dict(optimizer._counted), optimizer._steps)
+        return cls(dict(optimizer._counted), optimizer._search.steps)
 
     def since(self, before: Books) -> Books:
         counted = {name: n - before.counted[name] for name, n in self.counted.items()}
         return Books(counted, self.phase - before.phase)
 
     def put_into(self, optimizer: UpdateBalancer) -> None:
-        optimizer._counted, optimizer._steps = dict(self.counted), self.phase
+        optimizer._counted.update(self.counted)
+        optimizer._search.steps = self.phase
 
     def add_to(self, optimizer: UpdateBalancer) -> None:
         for name, more in self.counted.items():
             optimizer._counted[name] += more
-        optimizer._steps += self.phase
+        optimizer._search.steps += self.phase
 
 
 @dataclass

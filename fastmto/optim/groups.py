@@ -35,10 +35,10 @@ def check_parameter(label: str, p: object) -> Parameter:
     shape = tuple(p.shape)
     if not p.is_floating_point():
         raise ValueError(f"{label} (shape {shape}) must be of a real floating dtype, got {p.dtype}")
-    if not p.is_leaf or not p.requires_grad:
+    # A frozen Parameter may be listed: it is unchanged until it requires grad.
+    if not p.is_leaf or not (p.requires_grad or isinstance(p, Parameter)):
         raise ValueError(
-            f"{label} (shape {shape}) must be a leaf that requires grad; leave frozen parameters "
-            "out"
+            f"{label} (shape {shape}) must be a Parameter or a leaf that requires grad"
         )
     if p.layout is not torch.strided or not is_dense(p):
         raise ValueError(
@@ -72,6 +72,42 @@ def param_groups(
             groups += groups_of(label, entry, i)
     check_distinct(groups)
     return groups, n_tasks, names
+
+
+def more_heads(
+    given: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    n_tasks: int | None,
+    names: list[str] | None,
+) -> tuple[dict[str, Any], int | None, list[str] | None]:
+    """A param group of task-specific parameters to be added, checked; T and the names with it.
+
+    Raises:
+        ValueError: no such task, or a parameter that cannot be added.
+        RuntimeError: the group is of shared parameters.
+    """
+    task = given.get("task")
+    if task == "shared" or "task" not in given:
+        raise RuntimeError(
+            "add_param_group takes task-specific parameters, with the key 'task': the buffers of "
+            "shared parameters are laid out at construction; build a new optimizer with all of "
+            f"them; got {sorted(given)}"
+        )
+    if isinstance(task, str):
+        if names is None:
+            raise ValueError(f"task must be a number where tasks have no names, got {task!r}")
+        names = names if task in names else [*names, task]
+        task = names.index(task)
+        most = task
+    else:
+        most = -1 if n_tasks is None else n_tasks - (names is not None)
+    if type(task) is not int or not 0 <= task <= most:
+        allowed = "a number from 0 to T" if names is None else f"one of {names} or a new name"
+        raise ValueError(f"task must be {allowed}, with T = {n_tasks}, got {given['task']!r}")
+    entry = {k: v for k, v in given.items() if k != "task"}
+    (group,) = groups_of("param_group", entry, task)
+    check_distinct([*groups, group])
+    return group, None if n_tasks is None else max(n_tasks, task + 1), names
 
 
 def _listed(label: str, values: Any) -> list[Any]:

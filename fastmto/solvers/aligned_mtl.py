@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,23 +10,12 @@ from torch import Tensor
 
 from . import _solvers
 from ._solvers import Result
-from .convert import converted
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from .convert import Array
+from .convert import Kind, converted
 
 _aligned_mtl = _solvers.aligned_mtl
 
 
-@overload
-def aligned_mtl(
-    gram: Array, scale: str = ..., eps: float | None = ...
-) -> Result[NDArray[np.float64]]: ...
-@overload
-def aligned_mtl(gram: Tensor, scale: str = ..., eps: float | None = ...) -> Result[Tensor]: ...
-def aligned_mtl(gram: Array | Tensor, scale: str = "min", eps: float | None = None) -> Result[Any]:
+def aligned_mtl(gram: Kind, scale: str = "min", eps: float | None = None) -> Result[Kind]:
     """Weights w of Aligned-MTL:
 
         w = sigma V diag(lambda)^-1/2 V' p,   G = V diag(lambda) V',   p = 1/T

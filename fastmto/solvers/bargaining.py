@@ -2,51 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING
 
 from . import _solvers
 from ._solvers import Result
-from .convert import converted, to_vector
+from .convert import Kind, converted, to_vector
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from .convert import Array, Vector
+    from .convert import Vector
 
 _bargaining = _solvers.bargaining
 
 
-@overload
 def bargaining(
-    gram: Array,
-    method: str = ...,
-    preference: Vector | None = ...,
-    warm_start: Vector | None = ...,
-    tol: float = ...,
-    max_steps: int = ...,
-    ridge: float = ...,
-) -> Result[NDArray[np.float64]]: ...
-@overload
-def bargaining(
-    gram: Tensor,
-    method: str = ...,
-    preference: Vector | None = ...,
-    warm_start: Vector | None = ...,
-    tol: float = ...,
-    max_steps: int = ...,
-    ridge: float = ...,
-) -> Result[Tensor]: ...
-def bargaining(
-    gram: Array | Tensor,
+    gram: Kind,
     method: str = "exact",
     preference: Vector | None = None,
     warm_start: Vector | None = None,
     tol: float = 1e-13,
     max_steps: int = 20,
     ridge: float = 0.0,
-) -> Result[Any]:
+) -> Result[Kind]:
     """Weights a > 0 of the bargaining solution.
 
     Sources: Nash-MTL, arXiv 2202.01017, Claim 3.1; PUB, arXiv 2410.05806, Claim 1 and equations
@@ -134,11 +110,11 @@ def bargaining(
 
 
 def ccp_step(
-    gram: Array | Tensor,
+    gram: Kind,
     previous: Vector,
     preference: Vector | None = None,
     ridge: float = 0.0,
-) -> Result[Any]:
+) -> Result[Kind]:
     """One outer step of method "ccp" of `bargaining`, linearised at `previous`.
 
     Args:

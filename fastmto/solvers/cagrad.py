@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
-
 from . import _solvers
 from ._solvers import Result
-from .convert import converted
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from .convert import Array
+from .convert import Kind, converted
 
 _cagrad = _solvers.cagrad
 
 
-@overload
-def cagrad(gram: Array, c: float = ...) -> Result[NDArray[np.float64]]: ...
-@overload
-def cagrad(gram: Tensor, c: float = ...) -> Result[Tensor]: ...
-def cagrad(gram: Array | Tensor, c: float = 0.4) -> Result[Any]:
+def cagrad(gram: Kind, c: float = 0.4) -> Result[Kind]:
     """Weights v of the CAGrad direction d = sum_i v_i g_i:
 
         maximise min_i <g_i, d>   subject to   |d - g0| <= c |g0|,   g0 = sum_i g_i / T

@@ -9,7 +9,7 @@ None or contiguous float64 arrays: no Python code but the call, no torch operati
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     Array: TypeAlias = NDArray[np.floating[Any]]
     Vector: TypeAlias = Array | Tensor | Sequence[float]
+
+#: What a Gram matrix is, the weights are as well (of an array: float64).
+Kind = TypeVar("Kind", "NDArray[np.floating[Any]]", Tensor)
 
 
 def converted(

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING
 
 from . import _solvers
 from ._solvers import Result
-from .convert import converted, to_vector
+from .convert import Kind, converted, to_vector
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from .convert import Array, Vector
+    from .convert import Vector
 
 _dual_cone = _solvers.dual_cone
 _upgrad = _solvers.upgrad
 
 
-@overload
-def dual_cone(gram: Array, reference: Vector | None = ...) -> Result[NDArray[np.float64]]: ...
-@overload
-def dual_cone(gram: Tensor, reference: Vector | None = ...) -> Result[Tensor]: ...
-def dual_cone(gram: Array | Tensor, reference: Vector | None = None) -> Result[Any]:
+def dual_cone(gram: Kind, reference: Vector | None = None) -> Result[Kind]:
     """Weights v of the projection of sum_i u_i g_i on the dual cone:
 
         minimise v'G v   subject to   v >= u
@@ -57,11 +49,7 @@ def dual_cone(gram: Array | Tensor, reference: Vector | None = None) -> Result[A
     return converted(_dual_cone, gram, to_vector(reference, "reference"))
 
 
-@overload
-def upgrad(gram: Array, preference: Vector | None = ...) -> Result[NDArray[np.float64]]: ...
-@overload
-def upgrad(gram: Tensor, preference: Vector | None = ...) -> Result[Tensor]: ...
-def upgrad(gram: Array | Tensor, preference: Vector | None = None) -> Result[Any]:
+def upgrad(gram: Kind, preference: Vector | None = None) -> Result[Kind]:
     """Weights of UPGrad: the sum over i of the `dual_cone` solutions for u = p_i e_i.
 
     Source: Quinton & Rey, arXiv 2406.16232, equation 5. Every gradient is projected on its own, so

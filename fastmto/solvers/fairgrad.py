@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
-
 from . import _solvers
 from ._solvers import Result
-from .convert import converted
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from .convert import Array
+from .convert import Kind, converted
 
 _fairgrad = _solvers.fairgrad
 
 
-@overload
-def fairgrad(gram: Array, alpha: float = ...) -> Result[NDArray[np.float64]]: ...
-@overload
-def fairgrad(gram: Tensor, alpha: float = ...) -> Result[Tensor]: ...
-def fairgrad(gram: Array | Tensor, alpha: float = 1.0) -> Result[Any]:
+def fairgrad(gram: Kind, alpha: float = 1.0) -> Result[Kind]:
     """Weights a > 0 of FairGrad:
 
         (G a)_i = a_i^(-1/alpha)

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
-
 from . import _solvers
 from ._solvers import Result
-from .convert import converted
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from .convert import Array
+from .convert import Kind, converted
 
 _imtl_g = _solvers.imtl_g
 
 
-@overload
-def imtl_g(gram: Array) -> Result[NDArray[np.float64]]: ...
-@overload
-def imtl_g(gram: Tensor) -> Result[Tensor]: ...
-def imtl_g(gram: Array | Tensor) -> Result[Any]:
+def imtl_g(gram: Kind) -> Result[Kind]:
     """Weights w of IMTL-G:
 
         <g_i, d> / |g_i| equal for all i,   d = sum_i w_i g_i,   sum w = 1

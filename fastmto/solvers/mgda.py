@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
-
 from . import _solvers
 from ._solvers import Result
-from .convert import converted
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from .convert import Array
+from .convert import Kind, converted
 
 _mgda = _solvers.mgda
 
 
-@overload
-def mgda(gram: Array) -> Result[NDArray[np.float64]]: ...
-@overload
-def mgda(gram: Tensor) -> Result[Tensor]: ...
-def mgda(gram: Array | Tensor) -> Result[Any]:
+def mgda(gram: Kind) -> Result[Kind]:
     """Weights w of MGDA:
 
         minimise w'G w   subject to   w >= 0, sum w = 1

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any
 
 from . import _solvers
 from ._solvers import Result
-from .convert import converted, to_indices
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from .convert import Array
+from .convert import Kind, converted, to_indices
 
 _pcgrad = _solvers.pcgrad
 
 
-@overload
-def pcgrad(gram: Array, orders: Any) -> Result[NDArray[np.float64]]: ...
-@overload
-def pcgrad(gram: Tensor, orders: Any) -> Result[Tensor]: ...
-def pcgrad(gram: Array | Tensor, orders: Any) -> Result[Any]:
+def pcgrad(gram: Kind, orders: Any) -> Result[Kind]:
     """Weights w of PCGrad for given orders: sum_i h_i = sum_j w_j g_j with
 
         h_i <- g_i;   for j in orders[i]:  if <h_i, g_j> < 0:  h_i <- h_i - <h_i, g_j>/|g_j|^2 g_j

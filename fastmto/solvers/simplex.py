@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
-
 from . import _solvers
 from ._solvers import Result
-from .convert import converted
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from .convert import Array
+from .convert import Kind, converted
 
 _simplex_projection = _solvers.simplex_projection
 
 
-@overload
-def simplex_projection(vector: Array) -> Result[NDArray[np.float64]]: ...
-@overload
-def simplex_projection(vector: Tensor) -> Result[Tensor]: ...
-def simplex_projection(vector: Array | Tensor) -> Result[Any]:
+def simplex_projection(vector: Kind) -> Result[Kind]:
     """The point of the simplex {w >= 0, sum w = 1} next to a vector:
 
         w = max(vector - theta, 0),   theta such that sum w = 1

@@ -17,6 +17,7 @@ from .dualproj import DualProj
 from .fairgrad import FairGrad
 from .imtl_g import IMTLG
 from .mgda import MGDA
+from .named import Function, as_weighting
 from .nashmtl import NashMTL
 from .pcgrad import PCGrad
 from .upgrad import UPGrad
@@ -32,9 +33,11 @@ __all__ = [
     "DualProj",
     "Equal",
     "FairGrad",
+    "Function",
     "NashMTL",
     "PCGrad",
     "SolverWeighting",
     "UPGrad",
     "Weighting",
+    "as_weighting",
 ]

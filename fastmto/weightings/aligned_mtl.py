@@ -32,13 +32,16 @@ class AlignedMTL(SolverWeighting):
 
     Args:
         scale: "min", "median" or "rmse".
-        eps: relative rounding of what the Gram matrix was taken from, in [0, 1); None for that of
-            its dtype, as the published code has it. A float64 Gram of float32 gradients, as
-            `fastmto.PUB` passes it, wants `eps=torch.finfo(torch.float32).eps`: of dependent
-            gradients, rounding leaves an eigenvalue above 0, and sigma would be the root of that.
+        eps: relative rounding of what the Gram matrix was taken from, in [0, 1); None for
+            `rounding`, which the balancers set, or that of its dtype, as the published code has it.
+            A float64 Gram of float32 gradients wants `eps=torch.finfo(torch.float32).eps`: of
+            dependent gradients, rounding leaves an eigenvalue above 0, and sigma would be the root
+            of that.
 
     Raises:
         ValueError: another scale, or eps out of range.
+
+    Example: `weights = fastmto.weightings.AlignedMTL(scale="rmse")(gram)`.
     """
 
     def __init__(self, scale: str = "min", eps: float | None = None) -> None:
@@ -48,7 +51,8 @@ class AlignedMTL(SolverWeighting):
         self.eps = eps
 
     def _solve(self, gram: Tensor, tasks: Sequence[int] | None) -> Result[Tensor]:
-        return aligned_mtl(gram, self.scale, self.eps)
+        eps = self.rounding if self.eps is None else self.eps
+        return aligned_mtl(gram, self.scale, eps)
 
     def __repr__(self) -> str:
         eps = "" if self.eps is None else f", eps={self.eps:.3g}"

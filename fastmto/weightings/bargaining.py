@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
 
 class Bargaining(SolverWeighting):
-    """a > 0 with a_i (G a)_i = p_i, or the papers' procedure for it.
+    """The Nash bargaining weights, exact or by the papers' procedure:
+
+        find a > 0 with   a_i (G a)_i = p_i
 
     Sources: Nash-MTL, arXiv 2202.01017, Claim 3.1; PUB, arXiv 2410.05806, Claim 1 ("exact") and
     equations 2-4 ("ccp"). `fastmto.solvers.bargaining` states both problems and how they differ.
 
     Args:
         method: "exact" or "ccp".
-        preference: one bargaining power p > 0 a task; equal by default.
+        preference: one bargaining power p > 0 per task; equal by default.
         tol, max_steps, ridge: as `fastmto.solvers.bargaining`.
         warm_start: start from the last weights wherever all tasks of the call have some. It saves
             0-2 Newton steps and lets the weights depend, within `tol`, on the calls before; with
@@ -35,7 +37,13 @@ class Bargaining(SolverWeighting):
 
     Raises:
         ValueError: an argument out of range.
+
+    Example: `weights = fastmto.weightings.Bargaining(preference=[1.0, 2.0])(gram)`.
     """
+
+    @property
+    def positive(self) -> bool:
+        return True
 
     def __init__(
         self,
@@ -73,15 +81,15 @@ class Bargaining(SolverWeighting):
             self._last.update(zip(indices, result.weights.tolist(), strict=True))
         return result
 
-    def _device_solver(self, n_tasks: int) -> DeviceSolver | None:
+    def device_solver(self, n_tasks: int) -> DeviceSolver | None:
         if self.method != "exact" or self.warm_start or n_tasks > ops.MAX_SOLVED_TASKS:
             return None
         constants = Constants(torch.float64)
 
         def solve(gram: Tensor, weights: Tensor, info: Tensor, tasks: Sequence[int] | None) -> None:
             powers = self._powers(gram, tasks)
-            there = None if powers is None else constants(powers.tolist(), gram.device)
-            ops.bargaining(gram, weights, info, preference=there, tol=self.tol, ridge=self.ridge)
+            p = None if powers is None else constants(powers.tolist(), gram.device)
+            ops.bargaining(gram, weights, info, preference=p, tol=self.tol, ridge=self.ridge)
 
         return solve
 

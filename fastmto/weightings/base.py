@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -19,25 +19,82 @@ if TYPE_CHECKING:
 
 #: Above it, weights found from a Gram matrix of float32 numbers are noise: cosines have an error of
 #: about 1e-8, and weights are off by kappa times that.
-MOST_KAPPA = 1e7
+KAPPA_LIMIT_FLOAT32 = 1e7
+MOST_KAPPA = KAPPA_LIMIT_FLOAT32  # the old name, while the engine uses it
 
-#: gram (n, n), weights (n,), info (4,), tasks or None; see `Weighting.device_solver`.
+#: gram (n, n), weights (n,), info (4,), tasks or None; see `DecidesOnHost.device_solver`.
 DeviceSolver: TypeAlias = Callable[[Tensor, Tensor, Tensor, "Sequence[int] | None"], None]
 
 
-class Weighting(ABC):
+class DecidesOnHost:
+    """Base of what finds weights on the host, and on a device if its class says how.
+
+    `device_solver` says how the `STEPS` of its own class are done on a device. A subclass that
+    overrides one of these and not `device_solver` does something else, so it gets the one of this
+    class: it decides on the host.
+    """
+
+    #: The methods that a device solver stands for.
+    STEPS: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for base in cls.__mro__:
+            if "device_solver" in vars(base):
+                return
+            if not cls.STEPS.isdisjoint(vars(base)):
+                cls.device_solver = DecidesOnHost.device_solver  # type: ignore[method-assign]
+                return
+
+    def device_solver(self, n_tasks: int) -> DeviceSolver | None:
+        """What finds the weights on the device of the Gram matrix, without synchronizing.
+
+        Args:
+            n_tasks: T, the most tasks that it will be called with.
+
+        Returns:
+            None where the weights need the host. Else a function of
+
+                gram (n, n)   float64, contiguous; not modified
+                weights (n,)  float64 on its device <- what a call would return, where there is one
+                info (4,)     float64 on its device <- number of the status in
+                              `fastmto.solvers.STATUSES`, iterations, residual, kappa
+                tasks         as in a call
+
+            It sets no `result`. Options that are per task are brought to the device at the first
+            call with tasks like these and kept by the function: keep that.
+        """
+        return None
+
+
+class Weighting(DecidesOnHost, ABC):
     """A callable Gram -> weights.
 
-    Subclasses define `__call__` (or `_solve`, see `SolverWeighting`), `state_dict`,
-    `load_state_dict` and `reset` if they keep anything from one call to the next that later
-    weights depend on, and `_device_solver` if their weights can be found on a device.
+    Subclasses define `__call__` (or `_solve`, see `SolverWeighting`); `state_dict`,
+    `load_state_dict` and `reset` if later weights depend on something that is kept from one call to
+    the next; `device_solver` if their weights can be found on a device; `positive` and `hold` where
+    the defaults are not right.
 
     Attributes:
         result: the last solver `Result` with its status, iterations and residual; None before the
             first call and where no solver is called. A diagnostic only: not part of the state.
+        rounding: relative rounding of the rows that the Gram matrices are taken from, where these
+            are of a wider dtype; set by the caller. None: that of the Gram matrix' dtype.
     """
 
+    STEPS = frozenset({"__call__", "_solve", "_powers"})
     result: Result[Tensor] | None = None
+    rounding: float | None = None
+
+    @property
+    def needs_losses(self) -> str:
+        """Why a call needs `losses=`, the losses (n,) of the tasks, positive; "" if it does not."""
+        return ""
+
+    @property
+    def positive(self) -> bool:
+        """Whether all weights are > 0 by construction, whatever the Gram matrix."""
+        return False
 
     @abstractmethod
     def __call__(self, gram: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
@@ -45,8 +102,8 @@ class Weighting(ABC):
 
         Args:
             gram: (T, T) of any floating dtype on any device, inner products of the tasks' updates
-                or gradients; not modified. The weights are found in float64 on the host, for
-                which a Gram matrix on an accelerator is waited for.
+                or gradients; not modified. The weights are found in float64 on the host: a Gram
+                matrix on an accelerator is synchronized with.
             tasks: which tasks the rows are, as T different indices >= 0; None for 0..T-1. A task
                 that is absent from a batch is left out of the Gram matrix; options that are per
                 task (a preference, ...) follow `tasks`.
@@ -59,31 +116,15 @@ class Weighting(ABC):
             ValueError: a shape, or tasks that do not fit.
         """
 
-    def device_solver(self, n_tasks: int) -> DeviceSolver | None:
-        """What finds the weights where the Gram matrix lies and has nothing read by the host.
+    def hold(self, gram: Tensor, weights: Tensor) -> Tensor:
+        """The weights (n,) of a search without an answer, from the last ones.
 
         Args:
-            n_tasks: T, the most tasks that it will be called with.
-
-        Returns:
-            None where the weights need the host, also those of a subclass that does something else
-            in a call and does not say how that is done on a device. Else a function of
-
-                gram (n, n)   float64, contiguous; not modified
-                weights (n,)  float64 on its device <- what a call would return, where there is one
-                info (4,)     float64 on its device <- number of the status in
-                              `fastmto.solvers.STATUSES`, iterations, residual, kappa
-                tasks         as in a call
-
-            It sets no `result`. Options that are per task are brought to the device at the first
-            call with tasks like these and kept by the function: keep that.
+            gram: (n, n) of the search, on any device; it may be not finite. Only tensor operations,
+                which do not synchronize.
+            weights: (n,) float64 beside it, the last ones; not modified.
         """
-        speaks = speaks_for(self, "_device_solver", ("__call__", "_solve", "_powers"))
-        return self._device_solver(n_tasks) if speaks else None
-
-    def _device_solver(self, n_tasks: int) -> DeviceSolver | None:
-        """The function for `device_solver`, of this class's calls."""
-        return None
+        return weights
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to continue exactly from here."""
@@ -145,7 +186,7 @@ def check_tasks(gram: Tensor, tasks: Sequence[int] | None) -> list[int]:
     indices = list(range(len(gram))) if tasks is None else [int(i) for i in tasks]
     if len(indices) != len(gram) or len(set(indices)) != len(indices) or min(indices) < 0:
         raise ValueError(
-            f"tasks must hold {len(gram)} different indices, one a row of gram, got {indices}"
+            f"tasks must hold {len(gram)} different indices, one per row of gram, got {indices}"
         )
     return indices
 
@@ -153,7 +194,7 @@ def check_tasks(gram: Tensor, tasks: Sequence[int] | None) -> list[int]:
 def as_preference(
     preference: Sequence[float] | Tensor | None, positive: bool
 ) -> NDArray[np.float64] | None:
-    """The option `preference`, one number a task, checked; None stays None.
+    """The option `preference`, one number per task, checked; None stays None.
 
     Args:
         positive: whether 0 is refused.
@@ -200,7 +241,7 @@ def is_solved(info: Tensor, weights: Tensor, most_kappa: float) -> Tensor:
 
 
 def result_of(info: Tensor, weights: Tensor) -> Result[Tensor]:
-    """What a device solver wrote, as a solver on the host returns it; waits for the device."""
+    """What a device solver wrote, as a solver on the host returns it; synchronizes."""
     number, iterations, residual, kappa = info.tolist()
     status = STATUSES[int(number)]
     solution = weights if status == "solved" else None

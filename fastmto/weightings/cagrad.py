@@ -45,7 +45,13 @@ class CAGrad(SolverWeighting):
 
     Raises:
         ValueError: c or rescale out of range.
+
+    Example: `weights = fastmto.weightings.CAGrad(c=0.2)(gram)`.
     """
+
+    @property
+    def positive(self) -> bool:
+        return True  # those of g_0 are, and w >= 0
 
     def __init__(self, c: float = 0.4, rescale: int = 1) -> None:
         if rescale not in (0, 1, 2):

@@ -13,13 +13,15 @@ from .base import DeviceSolver, Weighting, check_tasks
 
 
 class Constant(Weighting):
-    """The same weights at every step.
+    """The same weights at every step, whatever the Gram matrix.
 
     Args:
-        weights: one finite number >= 0 a task.
+        weights: one finite number >= 0 per task.
 
     Raises:
         ValueError: no weights, or one that is negative or not finite.
+
+    Example: `weights = fastmto.weightings.Constant([1.0, 0.5])(gram)`.
     """
 
     def __init__(self, weights: Sequence[float] | Tensor) -> None:
@@ -27,10 +29,14 @@ class Constant(Weighting):
         if not self.weights or not all(w >= 0 and math.isfinite(w) for w in self.weights):
             raise ValueError(f"weights must be finite numbers >= 0, got {self.weights}")
 
+    @property
+    def positive(self) -> bool:
+        return all(w > 0 for w in self.weights)
+
     def __call__(self, gram: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         return torch.tensor(self._of(gram, tasks), dtype=gram.dtype, device=gram.device)
 
-    def _device_solver(self, n_tasks: int) -> DeviceSolver:
+    def device_solver(self, n_tasks: int) -> DeviceSolver:
         constants = Constants(torch.float64)
 
         def solve(gram: Tensor, weights: Tensor, info: Tensor, tasks: Sequence[int] | None) -> None:
@@ -44,7 +50,7 @@ class Constant(Weighting):
         indices = check_tasks(gram, tasks)
         if (tasks is None and len(gram) != len(self.weights)) or max(indices) >= len(self.weights):
             raise ValueError(
-                f"gram must have {len(self.weights)} tasks, one a weight, got tasks {indices}"
+                f"gram must have {len(self.weights)} tasks, one per weight, got tasks {indices}"
             )
         return [self.weights[i] for i in indices]
 
@@ -53,14 +59,21 @@ class Constant(Weighting):
 
 
 class Equal(Weighting):
-    """Weight 1 for every task."""
+    """Weight 1 for every task: the sum of the losses.
+
+    Example: `weights = fastmto.weightings.Equal()(gram)`.
+    """
+
+    @property
+    def positive(self) -> bool:
+        return True
 
     def __call__(self, gram: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         if tasks is not None:
             check_tasks(gram, tasks)
         return torch.ones(len(gram), dtype=gram.dtype, device=gram.device)
 
-    def _device_solver(self, n_tasks: int) -> DeviceSolver:
+    def device_solver(self, n_tasks: int) -> DeviceSolver:
         def solve(gram: Tensor, weights: Tensor, info: Tensor, tasks: Sequence[int] | None) -> None:
             weights.fill_(1.0)
             info.zero_()  # solved

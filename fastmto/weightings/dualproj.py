@@ -26,11 +26,17 @@ class DualProj(SolverWeighting):
     Peers: TorchJD divides G by its trace and adds 1e-4 I, as for UPGrad.
 
     Args:
-        preference: one number p >= 0 a task; 1/T each by default (T the tasks of the call).
+        preference: one number p >= 0 per task; 1/T each by default (T the tasks of the call).
 
     Raises:
         ValueError: a preference out of range.
+
+    Example: `weights = fastmto.weightings.DualProj(preference=[1.0, 2.0])(gram)`.
     """
+
+    @property
+    def positive(self) -> bool:
+        return self.preference is None or bool((self.preference > 0).all())  # v >= p
 
     def __init__(self, preference: Sequence[float] | Tensor | None = None) -> None:
         self.preference = as_preference(preference, positive=False)

@@ -36,7 +36,13 @@ class FairGrad(SolverWeighting):
 
     Raises:
         ValueError: alpha out of range.
+
+    Example: `weights = fastmto.weightings.FairGrad(alpha=2.0)(gram)`.
     """
+
+    @property
+    def positive(self) -> bool:
+        return True
 
     def __init__(self, alpha: float = 1.0) -> None:
         # A solve of one task has no numbers that could fail: what it refuses is an argument.

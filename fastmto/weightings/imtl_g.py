@@ -28,6 +28,8 @@ class IMTLG(SolverWeighting):
     Peers: LibMTL inverts the paper's matrix. TorchJD solves with a pseudoinverse of G in the
     dtype of the input, so that a gradient shorter than the longest by a factor of sqrt(T eps) is
     dropped, and returns zeros where the sum above is below 1e-12, in the units of the gradients.
+
+    Example: `weights = fastmto.weightings.IMTLG()(gram)`.
     """
 
     def _solve(self, gram: Tensor, tasks: Sequence[int] | None) -> Result[Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..checks import check_choice
 from ..solvers import Result, mgda
 from .base import DeviceSolver, SolverWeighting
 
@@ -27,34 +28,58 @@ class MGDA(SolverWeighting):
 
     Normalizations (table of the papers' code: g_i is divided by its length, its loss, or both):
     as there, the normalised gradients only serve to find w, which then weighs the losses as they
-    are. "loss" and "loss+" look at the losses and are options of `fastmto.balancers.MGDA`.
+    are.
 
     Peers: TorchJD runs at most 100 Frank-Wolfe steps and stops once one is shorter than 1e-3, so
     its w is approximate (here: exact). LibMTL runs the paper's solver for 250 steps, with weights
     of at most 0.999 in a pair, and applies w to the normalised gradients.
 
     Args:
-        normalization: "none", or "l2": w of the gradients divided by their lengths. A gradient of
-            length 0 is the shortest point whichever the normalization: it gets all the weight.
+        normalization: what gradients are divided by before w is sought: "none", "l2" (their
+            lengths), "loss" (their losses, which have to be positive) or "loss+" (both). A gradient
+            of length 0 is the shortest point whichever the normalization: it gets all the weight.
 
     Raises:
-        ValueError: another normalization.
+        ValueError: another normalization; in a call, no losses where they are needed.
+
+    Example: `weights = fastmto.weightings.MGDA("loss")(gram, losses=losses)`.
     """
 
     def __init__(self, normalization: str = "none") -> None:
-        if normalization not in ("none", "l2"):
-            raise ValueError(f"normalization must be 'none' or 'l2', got {normalization!r}")
+        check_choice("normalization", normalization, ("none", "l2", "loss", "loss+"))
         self.normalization = normalization
 
-    def _solve(self, gram: Tensor, tasks: Sequence[int] | None) -> Result[Tensor]:
-        return mgda(gram if self.normalization == "none" else _cosines(gram))
+    @property
+    def needs_losses(self) -> str:
+        by_losses = self.normalization in ("loss", "loss+")
+        return f"normalization={self.normalization!r} divides by it" if by_losses else ""
 
-    def _device_solver(self, n_tasks: int) -> DeviceSolver | None:
-        if n_tasks > ops.MAX_SOLVED_TASKS:
+    def __call__(
+        self,
+        gram: Tensor,
+        tasks: Sequence[int] | None = None,
+        losses: Tensor | None = None,
+    ) -> Tensor:
+        """As `Weighting`; losses (n,) of the tasks, positive, for "loss" and "loss+"."""
+        if not self.needs_losses:
+            return super().__call__(gram, tasks)
+        if losses is None or losses.shape != (len(gram),) or bool((losses <= 0).any()):
+            raise ValueError(
+                f"losses must be {len(gram)} positive numbers: {self.needs_losses}; got {losses}"
+            )
+        by = losses.detach().to(gram.device, torch.float64)
+        wide = _cosines(gram) if self.normalization == "loss+" else gram.to(torch.float64)
+        return super().__call__(wide / by[:, None] / by, tasks).to(gram.dtype)
+
+    def _solve(self, gram: Tensor, tasks: Sequence[int] | None) -> Result[Tensor]:
+        return mgda(_cosines(gram) if self.normalization == "l2" else gram)
+
+    def device_solver(self, n_tasks: int) -> DeviceSolver | None:
+        if self.needs_losses or n_tasks > ops.MAX_SOLVED_TASKS:
             return None
 
         def solve(gram: Tensor, weights: Tensor, info: Tensor, tasks: Sequence[int] | None) -> None:
-            ops.mgda(gram if self.normalization == "none" else _cosines(gram), weights, info)
+            ops.mgda(_cosines(gram) if self.normalization == "l2" else gram, weights, info)
 
         return solve
 

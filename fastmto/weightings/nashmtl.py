@@ -54,6 +54,8 @@ class NashMTL(Bargaining):
 
     Raises:
         ValueError: an argument out of range.
+
+    Example: `weights = fastmto.weightings.NashMTL(max_norm=None)(gram)`.
     """
 
     def __init__(
@@ -98,8 +100,8 @@ class NashMTL(Bargaining):
         length = float(joint_length(gram.detach().to("cpu", torch.float64), a))
         return weights if length <= self.max_norm else weights * (self.max_norm / length)
 
-    def _device_solver(self, n_tasks: int) -> DeviceSolver | None:
-        solve = super()._device_solver(n_tasks)
+    def device_solver(self, n_tasks: int) -> DeviceSolver | None:
+        solve = super().device_solver(n_tasks)
         if solve is None:
             return None
 
@@ -111,6 +113,14 @@ class NashMTL(Bargaining):
                 weights.mul_((self.max_norm / joint_length(gram, weights)).clamp(max=1.0))
 
         return clipped
+
+    def hold(self, gram: Tensor, weights: Tensor) -> Tensor:
+        """The last weights, clipped: small gradients, for which they may be, have large ones."""
+        if not self.max_norm:
+            return weights
+        length = joint_length(gram, weights)
+        long = (length > self.max_norm) & length.isfinite()
+        return torch.where(long, weights * (self.max_norm / length), weights)
 
     def _options(self) -> list[str]:
         return [f"max_norm={self.max_norm!r}", *super()._options()]

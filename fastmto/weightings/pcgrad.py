@@ -39,7 +39,13 @@ class PCGrad(SolverWeighting):
 
     Raises:
         ValueError: a seed that is none.
+
+    Example: `weights = fastmto.weightings.PCGrad(seed=1)(gram)`.
     """
+
+    @property
+    def positive(self) -> bool:
+        return True  # >= 1: a projection adds positive multiples
 
     def __init__(self, seed: int = 0) -> None:
         if type(seed) is not int or seed < 0:

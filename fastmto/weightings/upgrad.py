@@ -28,12 +28,18 @@ class UPGrad(SolverWeighting):
     under scaling any more; a trace below 1e-4 is taken as 0. Nothing is added here.
 
     Args:
-        preference: one number p >= 0 a task; 1/T each by default (T the tasks of the call). A
+        preference: one number p >= 0 per task; 1/T each by default (T the tasks of the call). A
             task of preference 0 is still never conflicted with.
 
     Raises:
         ValueError: a preference out of range.
+
+    Example: `weights = fastmto.weightings.UPGrad(preference=[1.0, 2.0])(gram)`.
     """
+
+    @property
+    def positive(self) -> bool:
+        return self.preference is None or bool((self.preference > 0).all())  # v >= p
 
     def __init__(self, preference: Sequence[float] | Tensor | None = None) -> None:
         self.preference = as_preference(preference, positive=False)

@@ -1,4 +1,4 @@
-"""The buffers behind the gradient-level balancers, and what is asked of the tensors in them."""
+"""The gradient level: per-task rows, their Gram matrix, and the joint gradient in `.grad`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import ops
-from ..errors import warn
-from .balancer import Batch, as_tensors
-from .flat import FlatLayout, is_dense, state_dtype
-from .gradients import TaskGradients, graph_nodes, leaves, reaches
-
-#: A task-specific parameter with its task, None where that is to be found.
-Head = tuple[int | None, Tensor]
+from .flat import FlatLayout, is_dense, own_storage, state_dtype
+from .gradients import TaskGradients
+from .survey import Head
 
 
-class Buffers:
+class GradientLevel:
     """Flat buffers for one set of tensors: T task rows, a joint row, the heads' gradients.
 
     Args:
@@ -55,10 +51,11 @@ class Buffers:
         self.task_rows = [rows[:n_tasks] for rows in self.gradients.rows]
         self.joint_rows = [rows[n_tasks] for rows in self.gradients.rows]
         self.device = self.layouts[0].device
+        self.numel = sum(layout.numel for layout in self.layouts)
         self.dtypes = {*dtypes, *(p.dtype for _, p in heads)}
-        #: Whether sums over gradients run in float32.
-        self.narrow = any(d != torch.float64 for d in dtypes)
         ops.backend(self.device)  # raises where there is none
+        self._joint_views = [own_storage(view) for view in self.gradients.views(self.joint)]
+        self._head_views = [[own_storage(x) for x in v] for v in self.gradients.head_views]
         self._grams = torch.zeros(
             len(dtypes), n_tasks, n_tasks, dtype=torch.float64, device=self.device
         )
@@ -98,15 +95,8 @@ class Buffers:
         """Inner products (T, T) of the tasks' gradients, float64 on the device, new memory."""
         for rows, out in zip(self.task_rows, self._grams, strict=True):
             ops.gram(rows, out)
-        gram = self._grams.sum(dim=0)
+        gram = self._grams.sum(dim=0) if len(self._grams) > 1 else self._grams[0].clone()
         return gram if self.seed is None else gram / self.seed.double().square()
-
-    def host_gram(self, active: Sequence[int]) -> Tensor:
-        """`gram` of the active tasks (n, n), on the CPU."""
-        gram = self.gram().cpu()
-        if len(active) < len(gram):
-            gram = gram[list(active)][:, list(active)]
-        return gram
 
     def combine(self, rows: Sequence[Tensor], weights: Tensor) -> None:
         """joint row = sum_i weights_i rows_i.
@@ -155,8 +145,15 @@ class Buffers:
             if p.grad is not None and p.grad.data_ptr() == view.data_ptr():
                 p.grad = p.grad.clone()
 
-    def deliver(self, head_weights: Sequence[float | Tensor] | None) -> None:
-        """Bring the joint row and the heads' gradients into `.grad`."""
+    def deliver(
+        self, head_weights: Sequence[float | Tensor] | None, *, retain: bool = False
+    ) -> None:
+        """Bring the joint row and the heads' gradients into `.grad`.
+
+        Args:
+            head_weights: (T,), what the heads' gradients are multiplied by; None: 1.
+            retain: keep the graph behind the features.
+        """
         gradients = self.gradients
         hits = [
             (p, view)
@@ -167,7 +164,10 @@ class Buffers:
             _add(hits)
         elif hits:
             torch.autograd.backward(
-                [z for z, _ in hits], [view for _, view in hits], inputs=self._trunk
+                [z for z, _ in hits],
+                [view for _, view in hits],
+                inputs=self._trunk,
+                retain_graph=retain,
             )
         filled = [h for h, on in enumerate(gradients.filled) if on]
         if head_weights is not None:
@@ -178,14 +178,6 @@ class Buffers:
                 for view in self._head_views[h]:  # what lies between tensors stays 0
                     view.mul_(head_weights[owner])
         _add((self.heads[h][1], self._head_views[h][0]) for h in filled)
-
-    @property
-    def _joint_views(self) -> list[Tensor]:
-        return self.gradients.views(self.joint)
-
-    @property
-    def _head_views(self) -> list[list[Tensor]]:
-        return self.gradients.head_views
 
     def known_heads(self) -> dict[str, Any]:
         """What is known of the heads' tasks, for a `state_dict`."""
@@ -229,109 +221,3 @@ def _template(tensor: Tensor) -> Parameter:
     if not is_dense(plain):
         plain = torch.empty_like(plain, memory_format=torch.contiguous_format)
     return cast(Parameter, plain)
-
-
-def heads_of(
-    batch: Batch, inputs: Sequence[Tensor], names: Sequence[str] | None, n_tasks: int
-) -> list[Head]:
-    """Task-specific parameters with their tasks: those given, or those that the graph shows.
-
-    Raises:
-        ValueError: something else than the call's docstring allows.
-    """
-    given = batch.heads
-    if given is None:
-        beyond = inputs if batch.features is None else [*inputs, *batch.features]
-        shared = {id(p) for p in (*inputs, *(batch.shared or ()))}
-        return [(None, p) for p in leaves(batch.present, beyond) if id(p) not in shared]
-    if isinstance(given, Mapping):
-        unknown = [name for name in given if names is None or name not in names]
-        if names is None or unknown:
-            raise ValueError(
-                "task_specific_parameters must name tasks as losses does, got "
-                f"{list(given)} with losses of {'no names' if names is None else list(names)}"
-            )
-        given = [given.get(name, ()) for name in names]
-    listed = list(given)
-    if all(isinstance(entry, Tensor) for entry in listed):
-        return [(None, p) for p in cast(list[Tensor], listed) if p.requires_grad]
-    if len(listed) != n_tasks:
-        raise ValueError(
-            f"task_specific_parameters must be one iterable of parameters, or {n_tasks} of them, "
-            f"one a task, got {len(listed)} entries"
-        )
-    # A parameter each, so that one which its task did not reach keeps no gradient.
-    heads: list[Head] = []
-    for i, entry in enumerate(listed):
-        members = as_tensors(f"task_specific_parameters[{i}]", entry) or []
-        heads += [(i, p) for p in members if p.requires_grad]
-    return heads
-
-
-def check_inputs(name: str, inputs: Sequence[Tensor]) -> None:
-    """Refuse what cannot be differentiated by, or lies on several devices."""
-    for k, tensor in enumerate(inputs):
-        if not tensor.requires_grad:
-            raise ValueError(f"{name}[{k}] (shape {tuple(tensor.shape)}) requires no grad")
-        if not tensor.is_floating_point() or tensor.device != inputs[0].device:
-            raise ValueError(
-                f"{name} must be of real floating dtypes on one device, got {tensor.dtype} on "
-                f"{tensor.device} beside {inputs[0].device}"
-            )
-
-
-def survey(batch: Batch, inputs: Sequence[Tensor], heads: Sequence[Head]) -> None:
-    """Look at the graph once, when buffers are made, for what would go wrong in silence.
-
-    Raises:
-        ValueError: a parameter listed twice; features that are cut off from the shared parameters,
-            lie behind one another, or that a loss goes round on its way to these.
-        RuntimeError: a reentrant checkpoint, which hides parameters from `torch.autograd.grad`.
-    """
-    at_features = batch.features is not None and inputs is batch.features
-    trunk = batch.shared or [] if at_features else []
-    seen: set[int] = set()
-    for p in (*inputs, *trunk, *(p for _, p in heads)):
-        if id(p) in seen:
-            raise ValueError(
-                "a parameter must be listed once, in shared_parameters or in "
-                f"task_specific_parameters; one of shape {tuple(p.shape)} is there twice"
-            )
-        seen.add(id(p))
-    if at_features:
-        for k, z in enumerate(inputs):
-            others = [x for x in inputs if x is not z]
-            if z.is_leaf and trunk:
-                raise ValueError(
-                    f"features[{k}] is a leaf: no shared parameter lies behind it (leave "
-                    "shared_parameters out to get the joint gradient in its .grad)"
-                )
-            if others and reaches(z, others):
-                raise ValueError(
-                    f"features[{k}] is computed from another of the features: its gradient would "
-                    "count twice; give the one nearer to the losses"
-                )
-    reached = leaves(batch.present, inputs)
-    rounds = [p for p in reached if any(p is q for q in trunk)]
-    if rounds:
-        raise ValueError(
-            "features must be all that the losses see of the shared parameters; one of shape "
-            f"{tuple(rounds[0].shape)} is reached without passing through them"
-        )
-    unlisted = [tuple(p.shape) for p in reached if id(p) not in seen]
-    if unlisted:
-        warn(
-            f"the losses reach {len(unlisted)} parameters that are neither in shared_parameters "
-            f"nor in task_specific_parameters and get no gradient; shapes {unlisted[:5]}"
-        )
-    if any("CheckpointFunctionBackward" in n.name() for n in graph_nodes(batch.present, inputs)):
-        raise RuntimeError(
-            "a reentrant checkpoint hides parameters from the balancer: call "
-            "torch.utils.checkpoint.checkpoint with use_reentrant=False"
-        )
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        warn(
-            "gradient-level balancers do not reduce gradients between processes: every rank "
-            "weighs its own"
-        )

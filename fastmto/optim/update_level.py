@@ -1,0 +1,436 @@
+"""The update level: flat parameters, gradients and moments, and the passes of a step over them.
+
+    gram()   Gram matrix of the tasks' updates, all shared buffers added up
+    move()   parameters -= lr sum_i w_i u_i, then the moments: the only writer of both
+
+A `Store` is one flat buffer of a param group and dtype with everything that belongs to it. The
+passes go over a store's `Run`s: the parts of it whose parameters are not frozen.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .. import ops
+from ..engine.device import Constants, upload
+from ..engine.flat import FlatParameters, own_storage, state_dtype
+from ..engine.gradients import TaskGradients
+from .group_rules import GroupRules, check_state_names
+from .groups import check_lr
+from .rules import Clippy, Hyper, Numbers, Rule
+
+
+class Clock:
+    """The steps made, and the numbers of the step being made, as rows on the device.
+
+    Args:
+        rows: R, all stores' rows together.
+        device: where they live.
+
+    Attributes:
+        counts: steps made, (R,) int64.
+        numbers: of the step being made, (R, 11) float64, by the op `clock`.
+        found: (1,) int32; not 0 where the step being made is not finite.
+        tally: (2,) int64, steps made and steps skipped.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.counts = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.numbers = torch.zeros(rows, len(Numbers._fields), dtype=torch.float64, device=device)
+        self.found = torch.zeros(1, dtype=torch.int32, device=device)
+        self.tally = torch.zeros(2, dtype=torch.int64, device=device)
+        self._hyper = torch.zeros(rows, len(Hyper._fields), dtype=torch.float64, device=device)
+        self._known: Sequence[Hyper] = ()
+        self._patterns = Constants(torch.int32)
+        self._active = self.counts.new_zeros(rows, dtype=torch.int32)
+
+    def set(self, hyper: Sequence[Hyper], active: Sequence[bool] | None) -> None:
+        """Say what the steps from now on are made with; a copy to the device if that is new.
+
+        `active` None: the rows that are. CUDA graphs see new hyperparameters, in the memory that
+        they read; of the rows, each keeps those it was captured with.
+        """
+        if hyper != self._known:
+            upload(self._hyper, hyper)
+            self._known = hyper
+        if active is not None:
+            self._active = self._patterns(active, self.counts.device)
+
+    def set_lr(self, rows: slice, lr: Tensor) -> None:
+        """A learning rate that lives on the device."""
+        self._hyper[rows, Hyper._fields.index("lr")] = lr
+
+    def start(self) -> None:
+        """numbers <- those of the coming step."""
+        ops.clock(self._hyper, self.counts, self._active, self.numbers, self.found)
+
+    def finish(self) -> None:
+        """Count the step where it was made."""
+        ops.advance(self.counts, self._active, self.found, self.tally)
+
+
+class Store:
+    """A flat buffer of parameters with its gradients, moments and rows of the clock.
+
+    Args:
+        number: of the param group. Groups are held by number: `load_state_dict` may put other
+            values into them.
+        parameters: of one dtype on one device; their storage moves into the buffer.
+        owner: "shared", the number of a task, or None for a head whose task is to be found.
+    """
+
+    def __init__(self, number: int, parameters: Sequence[Parameter], owner: int | str | None):
+        self.number = number
+        self.owner = owner
+        self.flat = FlatParameters(parameters)
+        self._moments: dict[str, Tensor] = {}
+        self.clock_rows = 1
+        #: The rows of the clock; `UpdateLevel.allocate` sets them.
+        self.rows = slice(0, 0)
+        self.frozen: tuple[bool, ...] = ()
+        self.runs: list[Run] = []
+
+    def allocate(self, rule: Rule, grads: Tensor, clock_rows: int | None) -> None:
+        """Make the moments; those that are there already are kept.
+
+        Args:
+            rule: says which moments there are.
+            grads: the rows of gradients.
+            clock_rows: T if every task keeps moments of its own, (T, P) each; None: (P,).
+        """
+        self.stacked = clock_rows is not None
+        self.clock_rows = clock_rows or 1
+        self.state_names = rule.state_names
+        self.grads = grads
+        old, self._moments = self._moments, {}
+        for name in rule.state_names:
+            rows = self.flat.rows(self.clock_rows, state_dtype(self.flat.dtype), rule.initial(name))
+            if name in old:
+                rows[: len(old[name])].copy_(old[name])
+            self._moments[name] = rows
+
+    @property
+    def state(self) -> list[Tensor]:
+        """The moments as the ops take them: (P,), or (T, P) if every task keeps its own."""
+        return [m if self.stacked else m[0] for m in self._moments.values()]
+
+    def state_views(self) -> list[dict[str, Tensor]]:
+        """The moments of every parameter, shaped like it (with a leading T if stacked)."""
+        views = {
+            name: self.flat.stacked_views(m) if self.stacked else self.flat.views(m[0])
+            for name, m in self._moments.items()
+        }
+        return [dict(zip(views, each, strict=True)) for each in zip(*views.values(), strict=True)]
+
+    def split(self, clock: Clock) -> None:
+        """Find the runs of parameters that are not frozen."""
+        frozen = tuple(not p.requires_grad for p in self.flat.parameters)
+        if frozen == self.frozen:
+            return
+        self.frozen = frozen
+        self.runs = []
+        for is_frozen, members in itertools.groupby(range(len(frozen)), frozen.__getitem__):
+            if not is_frozen:
+                numbers = list(members)
+                self.runs.append(Run(self, clock, numbers[0], numbers[-1] + 1))
+
+
+class Run:
+    """The passes over neighbouring parameters [first, last) of a store.
+
+    Attributes:
+        kind: the rule's number; set before every step.
+    """
+
+    def __init__(self, store: Store, clock: Clock, first: int, last: int) -> None:
+        flat = store.flat
+        self.store = store
+        self.parameters = flat.parameters[first:last]
+        start, stop = flat.offsets[first], flat.offsets[last]
+        self.segments = flat.segments[first : last + 1] - start
+        self.params = flat.data[start:stop]
+        self.grads = store.grads[:, start:stop]
+        self.state = [m[..., start:stop] for m in store.state]
+        self.numbers = clock.numbers[store.rows]
+        self.found = clock.found
+        self.kind = -1
+        n = len(self.grads)
+        self._gram = torch.zeros(n * n, dtype=torch.float64, device=flat.device)
+        self.sigma = torch.ones(n, last - first, dtype=torch.float64, device=flat.device)
+
+    def gram(self, rows: int) -> Tensor:
+        """Where `search` and `delayed` put the Gram matrix of the first `rows` rows."""
+        return self._gram[: rows * rows].view(rows, rows)
+
+    def search(self, rows: int, clippy: Clippy | None) -> None:
+        """The Gram matrix of the updates, and Clippy's factors; found if not finite."""
+        params = None if clippy is None else self.params
+        ops.search(
+            *self._update(rows),
+            self.gram(rows),
+            clippy=_bounds(clippy),
+            params=params,
+            **self._factors(rows, clippy),
+        )
+        ops.check(self.gram(rows), self.found)
+
+    def check(self, rows: int) -> None:
+        """found if a gradient is not finite."""
+        ops.check(self.grads[:rows], self.found)
+
+    def apply(self, rows: int, clippy: Clippy | None, weights: Tensor) -> None:
+        """Move the parameters, then the moments, unless found."""
+        ops.apply(
+            *self._update(rows),
+            self.params,
+            weights,
+            skip=self.found,
+            **self._factors(rows, clippy),
+        )
+        # The kernels write behind autograd's back: an older graph must not be used any more.
+        torch.autograd.graph.increment_version(self.parameters)
+
+    def delayed(self, rows: int, clippy: Clippy | None, weights: Tensor) -> None:
+        """`apply` and `search` in one pass."""
+        ops.delayed(
+            *self._update(rows),
+            self.params,
+            weights,
+            self.gram(rows),
+            clippy=_bounds(clippy),
+            skip=self.found,
+            **self._factors(rows, clippy),
+        )
+        torch.autograd.graph.increment_version(self.parameters)
+
+    def _update(self, rows: int) -> tuple[int, Tensor, Tensor, list[Tensor]]:
+        """What all passes over updates take first."""
+        return self.kind, self.numbers, self.grads[:rows], self.state
+
+    def _factors(self, rows: int, clippy: Clippy | None) -> dict[str, Tensor]:
+        """Where Clippy's factors stand, if there are any."""
+        if clippy is None:
+            return {}
+        return {"segments": self.segments, "sigma": self.sigma[:rows]}
+
+
+def _bounds(clippy: Clippy | None) -> tuple[float, float] | None:
+    return None if clippy is None else (clippy.lambda_rel, clippy.lambda_abs)
+
+
+@dataclass
+class Passes:
+    """The runs that take part in a step, and how many rows of gradients they have."""
+
+    shared: list[Run]
+    heads: list[Run]
+    rows: int
+
+
+class UpdateLevel:
+    """All stores of an optimizer, and the passes of a step over them.
+
+    Args:
+        groups: torch's param groups with the key "task"; read again at every step.
+        rules: of the groups.
+        clippy: bounds of the updates, or None.
+        adatask: every task keeps its own moments.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        rules: GroupRules,
+        clippy: Clippy | None,
+        adatask: bool,
+    ) -> None:
+        self.clock: Clock
+        self.groups = groups
+        self.rules = rules
+        self.clippy = clippy
+        self.adatask = adatask
+        self.shared: list[Store] = []
+        self.heads: list[Store] = []
+        for number in range(len(groups)):
+            self.add(number)
+        self.device = self.shared[0].flat.device
+        ops.backend(self.device)  # a device without one is refused here
+        self.forget()
+
+    def add(self, number: int) -> None:
+        """Lay out a param group."""
+        group = self.groups[number]
+        self.rules(group)  # wrong hyperparameters are refused here, not in a step
+        task, members = group["task"], group["params"]
+        stores = self.shared if task == "shared" else self.heads
+        # Parameters of unknown tasks may belong to several: a buffer for each.
+        if task is None:
+            stores += [Store(number, [p], None) for p in members]
+            return
+        for dtype in dict.fromkeys(p.dtype for p in members):
+            stores.append(Store(number, [p for p in members if p.dtype == dtype], task))
+
+    def forget(self) -> None:
+        """As freshly built: T is unknown again."""
+        self.gradients: TaskGradients | None = None
+        for store in self.stores:
+            store._moments = {}
+
+    @property
+    def stores(self) -> list[Store]:
+        return [*self.shared, *self.heads]
+
+    @property
+    def numel(self) -> int:
+        """The number of shared parameters."""
+        return sum(store.flat.numel for store in self.shared)
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        return {store.flat.dtype for store in self.stores}
+
+    @property
+    def shared_dtypes(self) -> set[torch.dtype]:
+        return {store.flat.dtype for store in self.shared}
+
+    def allocate(self, n_tasks: int, *, spare: int = 0) -> TaskGradients:
+        """Make what depends on T: gradients, moments, the clock. Called again for more tasks or
+        rows, it keeps moments, counts and gradients.
+
+        Args:
+            n_tasks: T.
+            spare: rows of gradients beyond T.
+        """
+        gradients = TaskGradients(
+            [store.flat for store in self.shared],
+            [store.flat for store in self.heads],
+            [None if isinstance(s.owner, str) else s.owner for s in self.heads],
+            n_tasks,
+            spare=spare,
+        )
+        old, counts = self.gradients, {}
+        if old is not None:
+            gradients.take_over(old)
+            counts = {id(s): self.clock.counts[s.rows].tolist() for s in self.stores if s._moments}
+        for store, rows in zip(self.stores, [*gradients.rows, *gradients.head_rows], strict=True):
+            stacked = n_tasks if self.adatask and store.owner == "shared" else None
+            store.allocate(self.rules(self.groups[store.number]), rows, stacked)
+        self.clock = Clock(sum(s.clock_rows for s in self.stores), self.device)
+        first = 0
+        for store in self.stores:
+            store.rows = slice(first, first + store.clock_rows)
+            first = store.rows.stop
+            known = counts.get(id(store), [])
+            for row, count in enumerate(known[: store.clock_rows]):
+                self.clock.counts[store.rows.start + row] = count
+            store.frozen = ()  # the runs show the memory of before
+        #: What `.grad` shows: of the shared parameters the first row, of each head its gradient.
+        self.shown = [own_storage(view) for view in gradients.views(0)]
+        self.head_shown = [[own_storage(x) for x in views] for views in gradients.head_views]
+        self.one = torch.ones(1, dtype=torch.float64, device=self.device)
+        self.gradients = gradients
+        self.refreeze()
+        return gradients
+
+    def refreeze(self) -> None:
+        """Bring the runs up to date with the parameters' `requires_grad`."""
+        for store in self.stores:
+            store.split(self.clock)
+
+    def check(self) -> None:
+        """Refuse to go on with parameters whose storage was replaced; see `FlatParameters`."""
+        for store in self.stores:
+            store.flat.check("shared parameter" if store.owner == "shared" else "task parameter")
+
+    def moments(self) -> Mapping[Parameter, dict[str, Tensor]]:
+        """Every parameter's piece of the moments, as torch's `state` has them."""
+        return {
+            p: state
+            for store in self.stores
+            for p, state in zip(store.flat.parameters, store.state_views(), strict=True)
+        }
+
+    def passes(self, rows: int, *, reached: bool, lr_factor: float = 1.0) -> Passes:
+        """The passes of the coming step; the clock is set.
+
+        Args:
+            rows: of gradients of the shared parameters that take part.
+            reached: whether any task reaches the shared parameters.
+            lr_factor: times every learning rate.
+        """
+        gradients = self.gradients
+        assert gradients is not None
+        filled = gradients.filled
+        on_tasks = gradients.touched if self.adatask else [True]
+        kinds = self.set_clock([*on_tasks * len(self.shared), *filled], lr_factor)
+        shared = [run for store in self.shared for run in store.runs] if reached else []
+        heads = [
+            run for store, on in zip(self.heads, filled, strict=True) if on for run in store.runs
+        ]
+        for run in (*shared, *heads):
+            run.kind = kinds[run.store.number]
+        return Passes(shared, heads, rows)
+
+    def set_clock(self, active: Sequence[bool] | None, lr_factor: float = 1.0) -> dict[int, int]:
+        """Tell the clock the param groups' hyperparameters, and which of its rows take part; None:
+        as before. Returns the rules' kinds by number of group."""
+        hyper: list[Hyper] = []
+        kinds = {}
+        rates: list[tuple[slice, Tensor]] = []
+        for store in self.stores:
+            group = self.groups[store.number]
+            rule = self.rules(group)
+            check_state_names(rule, store.state_names)
+            lr, weight_decay = group["lr"], group["weight_decay"]
+            on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+            if on_device:
+                rates.append((store.rows, lr * lr_factor if lr_factor != 1.0 else lr))
+            check_lr(0.0 if on_device else lr, weight_decay)
+            # -1 stands for a rate that the host does not know.
+            known = -1.0 if on_device else float(lr) * lr_factor
+            hyper += [rule.hyper(known, float(weight_decay))] * store.clock_rows
+            kinds[store.number] = rule.kind
+        self.clock.set(hyper, active)
+        for rows, rate in rates:
+            self.clock.set_lr(rows, rate)
+        return kinds
+
+    def look(self, passes: Passes, *, searches: bool) -> None:
+        """Begin the step: the clock's `found` says whether it is finite; if it `searches` the Gram
+        matrices are made on the way."""
+        for run in passes.shared:
+            if searches or self.clippy is not None:
+                run.search(passes.rows, self.clippy)
+            else:
+                run.check(passes.rows)
+        for run in passes.heads:
+            if self.clippy is not None:
+                run.search(1, self.clippy)
+            else:
+                run.check(1)
+
+    def gram(self, passes: Passes, n_tasks: int) -> Tensor:
+        """Gram matrix (T, T) of the tasks' updates, float64 on the device, new memory."""
+        grams = [run.gram(passes.rows) for run in passes.shared]
+        return sum(grams[1:], grams[0])[:n_tasks, :n_tasks].clone()
+
+    def move(self, passes: Passes, weights: Tensor, *, searches: bool = False) -> None:
+        """Move parameters, then moments, unless the step is not finite.
+
+        Args:
+            passes: of `passes`.
+            weights: (rows,) of the shared parameters' rows; a head's row has the weight 1.
+            searches: make the Gram matrix of the updates on the way.
+        """
+        for run in passes.shared:
+            (run.delayed if searches else run.apply)(passes.rows, self.clippy, weights)
+        for run in passes.heads:
+            run.apply(1, self.clippy, self.one)
+        self.clock.finish()
