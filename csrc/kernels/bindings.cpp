@@ -236,6 +236,67 @@ PyObject* py_advance(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return answer(rows, [&] { advance(rows, counts, active, found, tally); });
 }
 
+// What look and move share.
+Plan plan_of(Arguments& from) {
+  Plan plan;
+  plan.runs = from.address<const Run>();
+  plan.takes_part = from.address<const char>();
+  plan.n_runs = from.small();
+  plan.rows = from.small();
+  plan.clipped = from.integer() != 0;
+  plan.lambda_rel = from.real();
+  plan.lambda_abs = from.real();
+  plan.threads = from.small();
+  return plan;
+}
+
+Clock clock_of(Arguments& from) {
+  Clock clock;
+  clock.rows = from.small();
+  clock.hyper = from.address<const Hyper>();
+  clock.counts = from.address<std::int64_t>();
+  clock.active = from.address<const std::int32_t>();
+  clock.numbers = from.address<Numbers>();
+  clock.found = from.address<std::int32_t>();
+  clock.tally = from.address<std::int64_t>();
+  return clock;
+}
+
+// Elements that a plan's passes read.
+std::int64_t work_of(const Plan& plan) {
+  std::int64_t work = 0;
+  for (int r = 0; r < plan.n_runs; ++r) {
+    const Run& run = plan.runs[r];
+    if (plan.takes_part[r]) work += run.numel * (run.shared ? plan.rows : 1);
+  }
+  return work;
+}
+
+PyObject* py_look(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments from(values, count);
+  const Plan plan = plan_of(from);
+  const Clock clock = clock_of(from);
+  const bool searches = from.integer() != 0;
+  double* gram = from.address<double>();
+  if (!from.complete()) return nullptr;
+  bool found = false;
+  PyObject* none = answer(work_of(plan), [&] { found = look(plan, clock, searches, gram); });
+  if (none == nullptr) return nullptr;
+  Py_DECREF(none);
+  return PyBool_FromLong(found);
+}
+
+PyObject* py_move(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments from(values, count);
+  const Plan plan = plan_of(from);
+  const Clock clock = clock_of(from);
+  const auto* weights = from.address<const double>();
+  const bool searches = from.integer() != 0;
+  double* gram = from.address<double>();
+  if (!from.complete()) return nullptr;
+  return answer(work_of(plan), [&] { move(plan, clock, weights, searches, gram); });
+}
+
 PyObject* py_supported(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments from(values, count);
   const auto isa = static_cast<Isa>(from.small());
@@ -256,6 +317,7 @@ PyMethodDef methods[] = {
     method<py_gram>("gram"),             method<py_combine>("combine"),
     method<py_perturb>("perturb"),       method<py_check>("check"),
     method<py_clock>("clock"),           method<py_advance>("advance"),
+    method<py_look>("look"),             method<py_move>("move"),
     method<py_supported>("supported"),   {nullptr, nullptr, 0, nullptr},
 };
 

@@ -126,6 +126,54 @@ void clock(int rows, const Hyper* hyper, const std::int64_t* counts, const std::
 void advance(int rows, std::int64_t* counts, const std::int32_t* active, const std::int32_t* found,
              std::int64_t* tally);
 
+// A run of parameters in a plan: the numbers that its passes take and that stay from step to step.
+// All are of 64 bits, so that a caller can fill them in as an array of integers.
+struct Run {
+  std::int64_t kind, dtype, per_task;
+  std::int64_t shared;    // else a task's own: it has one row of gradients and the weight 1
+  std::int64_t numel;     // P
+  void* grads;            // (rows, P)
+  std::int64_t stride;    // of grads
+  const Numbers* numbers;
+  Matrix state[kMaxStates];
+  void* params;           // (P)
+  const std::int64_t* segments;
+  std::int64_t n_segments;
+  double* sigma;          // (rows, n_segments)
+  double* gram;           // (rows, rows)
+};
+
+// The rows of the clock that a plan's runs read, and what is said of the step as a whole.
+struct Clock {
+  int rows;
+  const Hyper* hyper;
+  std::int64_t* counts;
+  const std::int32_t* active;
+  Numbers* numbers;
+  std::int32_t* found;
+  std::int64_t* tally;
+};
+
+// A step over some runs: `takes_part` has a byte for each.
+struct Plan {
+  const Run* runs;
+  const char* takes_part;
+  int n_runs;
+  int rows;          // of gradients, of the shared runs
+  bool clipped;      // by Clippy
+  double lambda_rel, lambda_abs;
+  int threads;
+};
+
+// Begins a step: clock, then for each run that takes part search (if the step `searches`, for shared
+// runs, or is clipped, for all) or all_finite, with found set as the op check does. Where the step
+// searches, gram (rows, rows) becomes the sum of the shared runs' Grams, in their order. Returns
+// whether anything was found.
+bool look(const Plan& plan, const Clock& clock, bool searches, double* gram);
+
+// Ends it: apply, or delayed for shared runs where the step searches, and advance.
+void move(const Plan& plan, const Clock& clock, const double* weights, bool searches, double* gram);
+
 // Whether this machine and this build have `isa`.
 bool supported(Isa isa);
 

@@ -153,4 +153,45 @@ def check(
 ) -> None: ...
 def clock(rows: int, hyper: int, counts: int, active: int, numbers: int, found: int, /) -> None: ...
 def advance(rows: int, counts: int, active: int, found: int, tally: int, /) -> None: ...
+def look(
+    runs: int,
+    takes_part: int,
+    n_runs: int,
+    rows: int,
+    clipped: int,
+    lambda_rel: float,
+    lambda_abs: float,
+    threads: int,
+    clock_rows: int,
+    hyper: int,
+    counts: int,
+    active: int,
+    numbers: int,
+    found: int,
+    tally: int,
+    searches: bool,
+    gram: int,
+    /,
+) -> bool: ...
+def move(
+    runs: int,
+    takes_part: int,
+    n_runs: int,
+    rows: int,
+    clipped: int,
+    lambda_rel: float,
+    lambda_abs: float,
+    threads: int,
+    clock_rows: int,
+    hyper: int,
+    counts: int,
+    active: int,
+    numbers: int,
+    found: int,
+    tally: int,
+    weights: int,
+    searches: bool,
+    gram: int,
+    /,
+) -> None: ...
 def supported(isa: int, /) -> bool: ...
