@@ -66,17 +66,17 @@ class Adam:
         for slot in self._slots:
             slot[0].grad = None
 
-    @torch.no_grad()
     def step(self) -> None:
-        for p, exp_avg, exp_avg_sq, step, lr in self._slots:
-            if p.grad is None:
-                continue
-            step += 1
-            torch._fused_adam_(
-                [p], [p.grad], [exp_avg], [exp_avg_sq], [], [step],
-                lr=lr, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False,
-                maximize=False,
-            )  # fmt: skip
+        with torch.no_grad():
+            for p, exp_avg, exp_avg_sq, step, lr in self._slots:
+                if p.grad is None:
+                    continue
+                step.add_(1)
+                torch._fused_adam_(
+                    [p], [p.grad], [exp_avg], [exp_avg_sq], [], [step],
+                    lr=lr, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False,
+                    maximize=False,
+                )  # fmt: skip
 
 
 class _Cut(Balanced):

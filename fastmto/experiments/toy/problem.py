@@ -107,10 +107,13 @@ class ShiftedLosses:
     def __call__(self, x: Tensor) -> list[Tensor]:
         """The two scalars at x (2,), attached to its graph if it has one."""
         x1, x2 = x.tolist()
-        values, self._gradients[...] = _point(x1, x2, self._s)
+        (f1, f2), self._gradients[...] = _point(x1, x2, self._s)
+        values = (f1 + self._shifts[0], f2 + self._shifts[1])
+        if not x.requires_grad:
+            return [torch.scalar_tensor(value, dtype=x.dtype) for value in values]
         losses = []
-        for row, value, shift in zip(self._rows, values, self._shifts, strict=True):
+        for row, value in zip(self._rows, values, strict=True):
             loss = torch.dot(row, x)
-            loss.detach().fill_(value + shift)
+            loss.detach().fill_(value)
             losses.append(loss)
         return losses
