@@ -29,21 +29,17 @@ if TYPE_CHECKING:
     from .toy import Row
 
 
-def _check_output(parser: Parser, option: str, path: Path) -> None:
-    """Ends in an error before a run whose results could not be written."""
-    if path.is_dir():
-        parser.error(f"argument {option}: {path} is a folder")
-    if not path.parent.is_dir():
-        parser.error(f"argument {option}: there is no folder {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        parser.error(f"argument {option}: {path} cannot be written")
-
-
 def _check(parser: Parser, options: argparse.Namespace, needs: str) -> None:
     """Ends in an error where what comes out could not be written, or a package is missing."""
     for option, path in (("--json", options.json), ("--plot", options.plot)):
-        if path is not None:
-            _check_output(parser, option, path)
+        if path is None:
+            continue
+        if path.is_dir():
+            parser.error(f"argument {option}: {path} is a folder")
+        if not path.parent.is_dir():
+            parser.error(f"argument {option}: there is no folder {path.parent}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            parser.error(f"argument {option}: {path} cannot be written")
     missing = [name for name in EXTRAS[needs] if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(f'{", ".join(missing)} not installed: pip install "fastmto[train]"')

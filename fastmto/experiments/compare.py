@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -62,16 +61,12 @@ class Compared:
     @property
     def relative_step(self) -> float:
         """Step time over that of equal weighting, mean over the seeds; NaN without runs."""
-        if not self.results:
-            return math.nan
-        return statistics.fmean(result.timing.relative for result in self.results)
+        return spread([result.timing.relative for result in self.results])[0]
 
     @property
     def step_ms(self) -> float:
-        """Milliseconds a step, mean over the seeds; NaN without runs."""
-        if not self.results:
-            return math.nan
-        return statistics.fmean(result.timing.step for result in self.results)
+        """Milliseconds per step, mean over the seeds; NaN without runs."""
+        return spread([result.timing.step for result in self.results])[0]
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers; runs as `TrainResult.as_json` gives them."""

@@ -190,14 +190,11 @@ def train(
     probe = None if plain else _PlainProbe(model, data.tasks, synchronize)
     order = torch.Generator().manual_seed(seed)
 
-    losses_log: list[Tensor] = []
-    weights_log: list[Tensor] = []
-    laps: list[tuple[float, float, float]] = []
-    backwards: list[int] = []
+    log: list[tuple[Tensor, Tensor, int, tuple[float, float, float]]] = []
     probes: list[tuple[float, float]] = []
     records: list[Epoch] = []
     for _ in range(epochs):
-        first = len(laps)
+        first = len(log)
         model.train()
         for index in torch.split(torch.randperm(len(data.train), generator=order), batch_size):
             before = optimizer.stats["backwards"]
@@ -206,35 +203,34 @@ def train(
                 return data.train.rows(index.to(device))
 
             batch, losses, lap = one_step(model, data.tasks, optimizer, fetch, synchronize)
-            laps.append(lap)
-            backwards.append(optimizer.stats["backwards"] - before)
-            losses_log.append(losses)
             weights = optimizer.weights
             assert weights is not None
-            weights_log.append(weights.detach().clone())
+            backwards = optimizer.stats["backwards"] - before
+            log.append((losses, weights.detach().clone(), backwards, lap))
             if on_step is not None:
                 on_step(losses)
-            if probe is not None and len(laps) % PROBE_EVERY == 1:
+            if probe is not None and len(log) % PROBE_EVERY == 1:
                 probes.append(probe.measure(batch))
         model.eval()
-        means = torch.stack(losses_log[first:]).double().mean(dim=0).tolist()
+        means = torch.stack([losses for losses, *_ in log[first:]]).double().mean(dim=0).tolist()
         records.append(
             Epoch(
                 train_losses=dict(zip((task.name for task in data.tasks), means, strict=True)),
                 validation=evaluate(model, data.tasks, data.validation),
                 test=evaluate(model, data.tasks, data.test),
-                seconds=sum(sum(lap) for lap in laps[first:]),
+                seconds=sum(sum(lap) for *_, lap in log[first:]),
             )
         )
 
-    seconds = np.array(laps)
+    losses_log, weights_log, counts, laps = zip(*log, strict=True)
+    forward, backward, update = np.array(laps).T
     steps = Steps(
         losses=torch.stack(losses_log).double().cpu().numpy(),
         weights=torch.stack(weights_log).double().cpu().numpy(),
-        backwards=np.array(backwards),
-        forward=seconds[:, 0],
-        backward=seconds[:, 1],
-        update=seconds[:, 2],
+        backwards=np.array(counts),
+        forward=forward,
+        backward=backward,
+        update=update,
         probes=np.array(probes).reshape(-1, 2),
     )
     return TrainResult(

@@ -5,22 +5,7 @@ from .problem import FRONT, OPTIMUM, OPTIMUM_POINT, SHIFT, STARTS, ShiftedLosses
 from .rows import REFERENCE, Row, is_reference, processors, run_all
 
 __all__ = [
-    "CUT_LENGTHS",
-    "FRONT",
-    "OPTIMUM",
-    "OPTIMUM_POINT",
-    "OPTIONS",
-    "REFERENCE",
-    "SHIFT",
-    "STARTS",
-    "Adam",
-    "Row",
-    "ShiftedLosses",
-    "Trajectory",
-    "is_reference",
-    "losses",
-    "method",
-    "processors",
-    "run",
-    "run_all",
-]
+    "CUT_LENGTHS", "FRONT", "OPTIMUM", "OPTIMUM_POINT", "OPTIONS", "REFERENCE", "SHIFT", "STARTS",
+    "Adam", "Row", "ShiftedLosses", "Trajectory", "is_reference", "losses", "method", "processors",
+    "run", "run_all",
+]  # fmt: skip
