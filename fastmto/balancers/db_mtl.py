@@ -30,7 +30,7 @@ class DBMTL(GradientBalancer):
     e starts at 0, as in the paper. Heads learn by grad log L_i. Between two searches the weight of
     L_i is what it was in the last one, a_i / L_i; e then stands still, and so it does for a task
     that is absent. e takes T vectors of the size of what is shared, in float32 (float64 for
-    float64), and is part of `state_dict`.
+    float64), and is part of `state_dict`, but for those of parameters that are frozen at the time.
 
     Args:
         beta: forgetting rate in [0, 1).
@@ -65,6 +65,7 @@ class DBMTL(GradientBalancer):
 
     def reset(self) -> None:
         self._smoothed: list[Tensor] | None = None
+        self._parked: dict[Tensor, Tensor] = {}  # of parameters that are frozen now
         self._count = 0
         super().reset()
 
@@ -72,14 +73,29 @@ class DBMTL(GradientBalancer):
         smoothed = new.task_state()
         if self._smoothed is not None:
             shapes = [[tuple(x.shape) for x in each] for each in (self._smoothed, smoothed)]
-            if shapes[0] != shapes[1]:
+            known = {} if old is None else self._pieces(old)
+            if shapes[0] == shapes[1]:
+                for row, kept in zip(smoothed, self._smoothed, strict=True):
+                    row.copy_(kept)
+            elif any(p in known for p in new.targets):
+                # Parameters were frozen, or brought back.
+                for p, piece in zip(new.targets, new.stacked_views(smoothed), strict=True):
+                    if p in known:
+                        piece.copy_(known[p])
+                stay = {id(p) for p in new.targets}
+                self._parked = {p: e.clone() for p, e in known.items() if id(p) not in stay}
+            else:
                 raise ValueError(
                     "shared_parameters must be laid out as before: the smoothed gradients have "
                     f"the shapes {shapes[0]}, these have {shapes[1]}"
                 )
-            for row, kept in zip(smoothed, self._smoothed, strict=True):
-                row.copy_(kept)
         self._smoothed = smoothed
+
+    def _pieces(self, level: GradientLevel) -> dict[Tensor, Tensor]:
+        """The smoothed gradients (T, *shape) of every shared parameter, frozen ones included."""
+        assert self._smoothed is not None
+        pieces = level.stacked_views(self._smoothed)
+        return {**self._parked, **dict(zip(level.targets, pieces, strict=True))}
 
     def _weigh(self, level: GradientLevel, active: list[int], batch: Batch) -> Tensor:
         assert self._smoothed is not None
