@@ -600,6 +600,12 @@ void clock(int rows, const Hyper* hyper, const std::int64_t* counts, const std::
     numbers[r] = Numbers{};
     if (active[r] == 0) continue;
     const Hyper& h = hyper[r];
+    // Most rows are like the one before them, and powers are slow.
+    if (r > 0 && active[r - 1] != 0 && counts[r] == counts[r - 1] &&
+        std::memcmp(&h, &hyper[r - 1], sizeof h) == 0) {
+      numbers[r] = numbers[r - 1];
+      continue;
+    }
     const auto step = static_cast<double>(counts[r] + 1);
     const bool corrected = h.corrected != 0;
     const double c1 = corrected ? 1 / (1 - std::pow(h.b1, step)) : 0;

@@ -6,6 +6,8 @@ Strides in elements. `skip` and `sigma` may be 0, for None.
 3 x86-64-v4.
 """
 
+from collections.abc import Sequence
+
 def search(
     kind: int,
     dtype: int,
@@ -140,7 +142,7 @@ def perturb(
     isa: int,
     /,
 ) -> None: ...
-def check(
+def all_finite(
     dtype: int,
     tasks: int,
     numel: int,
@@ -148,9 +150,39 @@ def check(
     grads_stride: int,
     threads: int,
     isa: int,
-    found: int,
     /,
-) -> None: ...
+) -> bool: ...
 def clock(rows: int, hyper: int, counts: int, active: int, numbers: int, found: int, /) -> None: ...
 def advance(rows: int, counts: int, active: int, found: int, tally: int, /) -> None: ...
 def supported(isa: int, /) -> bool: ...
+
+#: What `search` takes before `gram`, then params, segments, n_segments and sigma.
+_Run = tuple[int, ...]
+
+class Plan:
+    def __init__(
+        self,
+        rows: int,
+        hyper: int,
+        counts: int,
+        numbers: int,
+        tally: int,
+        gram: int,
+        clipped: bool,
+        lambda_rel: float,
+        lambda_abs: float,
+        shared: tuple[_Run, ...],
+        heads: tuple[_Run, ...],
+        /,
+    ) -> None: ...
+    def look(self, rows: int, active: Sequence[bool], searches: bool, threads: int, /) -> bool: ...
+    def move(self, weights: Sequence[float], searches: bool, threads: int, /) -> None: ...
+    def step(
+        self,
+        rows: int,
+        active: Sequence[bool],
+        weights: Sequence[float],
+        searches: bool,
+        threads: int,
+        /,
+    ) -> bool: ...

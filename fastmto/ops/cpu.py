@@ -16,7 +16,8 @@ from ..optim.rules import AdaGrad, Adam, Hyper, Numbers, RMSProp, Rule
 from . import MAX_SOLVED_TASKS, _kernels, perturbation
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_NUMBERS, _HYPER = len(Numbers._fields), len(Hyper._fields)
+#: Columns of `numbers`.
+NUMBERS = len(Numbers._fields)
 
 _RULES: tuple[Rule, ...] = (
     Adam(),
@@ -45,7 +46,7 @@ def _wrong(name: str, expected: str, tensor: Tensor) -> ValueError:
     return ValueError(f"{name} must be {expected}, got {_describe(tensor)}")
 
 
-def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> None:
+def check_vector(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> None:
     if (
         tensor.dtype is not dtype
         or tensor.shape != (numel,)
@@ -56,7 +57,7 @@ def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> 
         raise _wrong(name, f"a contiguous {kind} CPU tensor of shape ({numel},)", tensor)
 
 
-def _check_matrix(name: str, tensor: Tensor, rows: int, columns: int) -> None:
+def check_matrix(name: str, tensor: Tensor, rows: int, columns: int) -> None:
     if (
         tensor.dtype is not torch.float64
         or tensor.shape != (rows, columns)
@@ -66,7 +67,7 @@ def _check_matrix(name: str, tensor: Tensor, rows: int, columns: int) -> None:
         raise _wrong(name, f"a contiguous float64 CPU tensor of shape ({rows}, {columns})", tensor)
 
 
-def _check_grads(grads: Tensor) -> tuple[int, int, int, int]:
+def check_grads(grads: Tensor) -> tuple[int, int, int, int]:
     """The number of the dtype, T, P and the row stride of grads."""
     dtype = _DTYPES.get(grads.dtype)
     if dtype is None or grads.dim() != 2 or not grads.is_cpu:
@@ -78,7 +79,7 @@ def _check_grads(grads: Tensor) -> tuple[int, int, int, int]:
     return dtype, tasks, numel, stride
 
 
-def _check_segments(segments: Tensor, numel: int) -> int:
+def check_segments(segments: Tensor, numel: int) -> int:
     """The number S of tensors. Their borders are read: they decide what memory is touched."""
     if (
         segments.dtype is not torch.int64
@@ -97,8 +98,10 @@ def _check_segments(segments: Tensor, numel: int) -> int:
     return segments.numel() - 1
 
 
-def _update(kind: int, numbers: Tensor, grads: Tensor, state: list[Tensor], isa: int) -> _Update:
-    dtype, tasks, numel, stride = _check_grads(grads)
+def check_update(
+    kind: int, numbers: Tensor, grads: Tensor, state: list[Tensor], isa: int
+) -> _Update:
+    dtype, tasks, numel, stride = check_grads(grads)
     names = _STATES.get(kind)
     if names is None:
         raise ValueError(f"kind must be a rule's, from 0 to {max(_STATES)}, got {kind!r}")
@@ -131,9 +134,9 @@ def _update(kind: int, numbers: Tensor, grads: Tensor, state: list[Tensor], isa:
             or not tensor.is_contiguous()
             or not tensor.is_cpu
         ):
-            _check_vector(f"state[{k}] ({names[k]})", tensor, maths, numel)
+            check_vector(f"state[{k}] ({names[k]})", tensor, maths, numel)
         addresses[2 * k] = tensor.data_ptr()
-    _check_matrix("numbers", numbers, tasks if per_task else 1, _NUMBERS)
+    check_matrix("numbers", numbers, tasks if per_task else 1, NUMBERS)
     a, b, c, d, e, f = addresses
     return (
         kind,
@@ -155,11 +158,20 @@ def _update(kind: int, numbers: Tensor, grads: Tensor, state: list[Tensor], isa:
     )
 
 
+def check_table(hyper: Tensor, counts: Tensor, numbers: Tensor) -> int:
+    """The number of rows of what `clock` reads and writes."""
+    rows = counts.numel()
+    check_matrix("hyper", hyper, rows, len(Hyper._fields))
+    check_vector("counts", counts, torch.int64, rows)
+    check_matrix("numbers", numbers, rows, NUMBERS)
+    return rows
+
+
 def _check_skip(skip: Tensor | None) -> int:
     """The address of skip, 0 for None."""
     if skip is None:
         return 0
-    _check_vector("skip", skip, torch.int32, 1)
+    check_vector("skip", skip, torch.int32, 1)
     return skip.data_ptr()
 
 
@@ -177,18 +189,18 @@ def search(
     isa: int = 0,
 ) -> None:
     """gram_ij = <u_i, u_j>, and sigma with Clippy; see `fastmto.ops`."""
-    update = _update(kind, numbers, grads, state, isa)
+    update = check_update(kind, numbers, grads, state, isa)
     tasks, numel = update[3], update[4]
-    _check_matrix("gram", gram, tasks, tasks)
+    check_matrix("gram", gram, tasks, tasks)
     if clippy is None:
         _kernels.search(*update, gram.data_ptr())
         return
     if params is None or segments is None or sigma is None:
         raise ValueError("params, segments and sigma must be given with clippy")
     lambda_rel, lambda_abs = clippy
-    _check_vector("params", params, grads.dtype, numel)
-    n_segments = _check_segments(segments, numel)
-    _check_matrix("sigma", sigma, tasks, n_segments)
+    check_vector("params", params, grads.dtype, numel)
+    n_segments = check_segments(segments, numel)
+    check_matrix("sigma", sigma, tasks, n_segments)
     _kernels.search_clipped(
         *update,
         gram.data_ptr(),
@@ -215,18 +227,18 @@ def apply(
     isa: int = 0,
 ) -> None:
     """The step of parameters and moments; see `fastmto.ops`."""
-    update = _update(kind, numbers, grads, state, isa)
+    update = check_update(kind, numbers, grads, state, isa)
     tasks, numel = update[3], update[4]
-    _check_vector("params", params, grads.dtype, numel)
-    _check_vector("weights", weights, torch.float64, tasks)
+    check_vector("params", params, grads.dtype, numel)
+    check_vector("weights", weights, torch.float64, tasks)
     moved = params.data_ptr(), weights.data_ptr(), _check_skip(skip)
     if sigma is None:
         _kernels.apply(*update, *moved, 0, 0, 0)
         return
     if segments is None:
         raise ValueError("segments must be given with sigma")
-    n_segments = _check_segments(segments, numel)
-    _check_matrix("sigma", sigma, tasks, n_segments)
+    n_segments = check_segments(segments, numel)
+    check_matrix("sigma", sigma, tasks, n_segments)
     _kernels.apply(*update, *moved, segments.data_ptr(), n_segments, sigma.data_ptr())
 
 
@@ -251,11 +263,11 @@ def delayed(
     are this step's, and stand in `sigma` afterwards. The results have the bits of `search` and
     `apply` called one after the other.
     """
-    update = _update(kind, numbers, grads, state, isa)
+    update = check_update(kind, numbers, grads, state, isa)
     tasks, numel = update[3], update[4]
-    _check_vector("params", params, grads.dtype, numel)
-    _check_vector("weights", weights, torch.float64, tasks)
-    _check_matrix("gram", gram, tasks, tasks)
+    check_vector("params", params, grads.dtype, numel)
+    check_vector("weights", weights, torch.float64, tasks)
+    check_matrix("gram", gram, tasks, tasks)
     skip_address = _check_skip(skip)
     if clippy is None:
         if sigma is not None:
@@ -271,8 +283,8 @@ def delayed(
 
 def gram(grads: Tensor, gram: Tensor, *, isa: int = 0) -> None:
     """gram_ij = <g_i, g_j>; see `fastmto.ops`."""
-    dtype, tasks, numel, stride = _check_grads(grads)
-    _check_matrix("gram", gram, tasks, tasks)
+    dtype, tasks, numel, stride = check_grads(grads)
+    check_matrix("gram", gram, tasks, tasks)
     _kernels.gram(
         dtype,
         tasks,
@@ -287,9 +299,9 @@ def gram(grads: Tensor, gram: Tensor, *, isa: int = 0) -> None:
 
 def combine(grads: Tensor, weights: Tensor, out: Tensor, *, isa: int = 0) -> None:
     """out = sum_i weights_i g_i; see `fastmto.ops`."""
-    dtype, tasks, numel, stride = _check_grads(grads)
-    _check_vector("weights", weights, torch.float64, tasks)
-    _check_vector("out", out, grads.dtype, numel)
+    dtype, tasks, numel, stride = check_grads(grads)
+    check_vector("weights", weights, torch.float64, tasks)
+    check_vector("out", out, grads.dtype, numel)
     _kernels.combine(
         dtype,
         tasks,
@@ -338,28 +350,18 @@ def perturb(
 
 def check(grads: Tensor, found: Tensor, *, isa: int = 0) -> None:
     """found = 1 where an element is NaN, infinite or too large to be squared; see `fastmto.ops`."""
-    dtype, tasks, numel, stride = _check_grads(grads)
-    _check_vector("found", found, torch.int32, 1)
-    _kernels.check(
-        dtype,
-        tasks,
-        numel,
-        grads.data_ptr(),
-        stride,
-        torch.get_num_threads(),
-        isa,
-        found.data_ptr(),
-    )
+    dtype, tasks, numel, stride = check_grads(grads)
+    check_vector("found", found, torch.int32, 1)
+    threads = torch.get_num_threads()
+    if not _kernels.all_finite(dtype, tasks, numel, grads.data_ptr(), stride, threads, isa):
+        found.fill_(1)
 
 
 def clock(hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found: Tensor) -> None:
     """numbers of the next step, with the bits of `Rule.numbers`; see `fastmto.ops`."""
-    rows = counts.numel()
-    _check_matrix("hyper", hyper, rows, _HYPER)
-    _check_vector("counts", counts, torch.int64, rows)
-    _check_vector("active", active, torch.int32, rows)
-    _check_matrix("numbers", numbers, rows, _NUMBERS)
-    _check_vector("found", found, torch.int32, 1)
+    rows = check_table(hyper, counts, numbers)
+    check_vector("active", active, torch.int32, rows)
+    check_vector("found", found, torch.int32, 1)
     _kernels.clock(
         rows,
         hyper.data_ptr(),
@@ -373,10 +375,10 @@ def clock(hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found:
 def advance(counts: Tensor, active: Tensor, found: Tensor, tally: Tensor) -> None:
     """The step counts after a step that was taken or skipped; see `fastmto.ops`."""
     rows = counts.numel()
-    _check_vector("counts", counts, torch.int64, rows)
-    _check_vector("active", active, torch.int32, rows)
-    _check_vector("found", found, torch.int32, 1)
-    _check_vector("tally", tally, torch.int64, 2)
+    check_vector("counts", counts, torch.int64, rows)
+    check_vector("active", active, torch.int32, rows)
+    check_vector("found", found, torch.int32, 1)
+    check_vector("tally", tally, torch.int64, 2)
     _kernels.advance(rows, counts.data_ptr(), active.data_ptr(), found.data_ptr(), tally.data_ptr())
 
 
@@ -392,7 +394,7 @@ def bargaining(
     """The bargaining weights, if there are any; see `fastmto.ops`."""
     tasks = _check_problem(gram, weights, info)
     if preference is not None:
-        _check_vector("preference", preference, torch.float64, tasks)
+        check_vector("preference", preference, torch.float64, tasks)
     powers = None if preference is None else preference.numpy()
     _tell(solvers.bargaining(gram, preference=powers, tol=tol, ridge=ridge), weights, info)
 
@@ -408,9 +410,9 @@ def _check_problem(gram: Tensor, weights: Tensor, info: Tensor) -> int:
     tasks = gram.shape[0] if gram.dim() == 2 else 0
     if not 1 <= tasks <= MAX_SOLVED_TASKS:
         raise _wrong("gram", f"(T, T) with T from 1 to {MAX_SOLVED_TASKS}", gram)
-    _check_matrix("gram", gram, tasks, tasks)
-    _check_vector("weights", weights, torch.float64, tasks)
-    _check_vector("info", info, torch.float64, 4)
+    check_matrix("gram", gram, tasks, tasks)
+    check_vector("weights", weights, torch.float64, tasks)
+    check_vector("info", info, torch.float64, 4)
     return tasks
 
 

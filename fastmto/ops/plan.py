@@ -1,0 +1,283 @@
+"""Plans: the passes of a step on the CPU, checked once and then called without any checks.
+
+Beside a small model a step's fixed cost is what it asks of every tensor at every step. A plan asks
+at construction, keeps the addresses and the tensors that own them, and makes a step of all buffers
+in one call or two. It runs the same kernels as the ops of `fastmto.ops`, and gives their bits.
+
+The ops remain the way on GPUs, under `torch.compile` and while a CUDA graph is captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _kernels, cpu
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """Neighbouring parameters of one rule, with all that a step reads and writes of them. Tensors
+    are as `fastmto.ops` describes them, on the CPU.
+
+    Args:
+        kind: number of the rule's element formula.
+        row: the first of its rows in the table of step counts. It has one, or T if every task
+            keeps its own moments. Several entries may have the same row.
+        params: (P,).
+        grads: (rows, P); every step says how many of the rows of shared entries take part. A
+            head has one.
+        state: of the rule, (P,) each, or (T, P).
+        segments: (S + 1,), with Clippy.
+        sigma: (rows, S), with Clippy.
+        parameters: that show `params`; every step tells autograd that they have changed.
+    """
+
+    kind: int
+    row: int
+    params: Tensor
+    grads: Tensor
+    state: list[Tensor]
+    segments: Tensor | None = None
+    sigma: Tensor | None = None
+    parameters: Sequence[Tensor] = ()
+
+
+class Plan:
+    """The steps of an update-level optimizer on the CPU.
+
+    A step, as the ops have it, over the shared entries and the heads that take part:
+
+        look    clock; then for every entry `check`, or `search` where Clippy or a search of weights
+                need it, with a `check` of its Gram
+        move    `apply` with the weights, or `delayed`; a head's weight is 1; then `advance`
+
+    `step` is both in one call, for steps that need no decision in between. Nothing has moved where
+    a step is not finite.
+
+        plan = Plan(hyper, counts, tally, shared, heads, clippy=None)
+        if plan.step(1, active, [1.0]):           # the joint gradient is in the first row
+            ...                                   # skipped
+        if not plan.look(n_tasks, active, searches=True):
+            plan.move(solve(plan.gram(n_tasks)))  # weights by the Gram of the updates
+
+    Not for several threads at once. A parameter whose storage is replaced needs a new plan.
+
+    Args:
+        hyper: (R, 7) float64, rows of `fastmto.optim.rules.Hyper`; read at every step.
+        counts: (R,) int64, the steps made; counted up by every step, where its row is active.
+        tally: (2,) int64; the first counts all steps.
+        shared: entries whose rows of gradients belong to the tasks.
+        heads: entries of one row, which take part if their row of the table is active.
+        clippy: (lambda_rel, lambda_abs), or None. With it every entry needs segments and sigma.
+        isa: of the kernels, for tests.
+
+    Raises:
+        ValueError: a tensor of the wrong dtype, shape, layout or device.
+    """
+
+    def __init__(
+        self,
+        hyper: Tensor,
+        counts: Tensor,
+        tally: Tensor,
+        shared: Sequence[Entry],
+        heads: Sequence[Entry],
+        *,
+        clippy: tuple[float, float] | None = None,
+        isa: int = 0,
+    ) -> None:
+        rows = counts.numel()
+        numbers = torch.zeros(rows, cpu.NUMBERS, dtype=torch.float64)
+        cpu.check_table(hyper, counts, numbers)
+        cpu.check_vector("tally", tally, torch.int64, 2)
+        for entry in heads:
+            if len(entry.grads) != 1:
+                raise ValueError(f"heads must have one row of grads, got {len(entry.grads)}")
+        most = max((len(entry.grads) for entry in shared), default=1)
+        room = torch.zeros(most * most, dtype=torch.float64)
+        self._grams = [room[: n * n].view(n, n) for n in range(most + 1)]
+        self._parameters = tuple(p for entry in (*shared, *heads) for p in entry.parameters)
+        self._shared = sum(len(entry.parameters) for entry in shared)
+        self._heads = [(entry.row, tuple(entry.parameters)) for entry in heads]
+        self._moved: Sequence[Tensor] = ()
+        # The addresses below are of these.
+        self._tensors = hyper, counts, tally, numbers, room, tuple(shared), tuple(heads)
+        self._plan = _kernels.Plan(
+            rows,
+            hyper.data_ptr(),
+            counts.data_ptr(),
+            numbers.data_ptr(),
+            tally.data_ptr(),
+            room.data_ptr(),
+            clippy is not None,
+            *(clippy or (0.0, 0.0)),
+            tuple(_addresses(entry, numbers, clippy, isa) for entry in shared),
+            tuple(_addresses(entry, numbers, clippy, isa) for entry in heads),
+        )
+
+    def look(self, rows: int, active: Sequence[bool], *, searches: bool) -> bool:
+        """Begin a step.
+
+        Args:
+            rows: R', how many rows of the shared entries' gradients take part, the first ones; 0:
+                none, and the shared parameters do not move. All of them where every task keeps its
+                own moments.
+            active: which rows of the table take part; a list or tuple of length R. A row that is
+                not active is not counted; its head, or its task, does not move.
+            searches: make the Gram matrix of the updates; see `gram`.
+
+        Returns:
+            Whether something was found that is not finite. Then there is nothing to `move`.
+        """
+        self._moved = self._parameters_of(rows, active)
+        return self._plan.look(rows, active, searches, torch.get_num_threads())
+
+    def move(self, weights: Sequence[float], *, searches: bool = False) -> None:
+        """Move parameters and moments and count the step that `look` began.
+
+        Args:
+            weights: of the rows, a list or tuple of length R'; 0 for a task that does not take
+                part.
+            searches: make the Gram matrix of the updates on the way.
+
+        Raises:
+            RuntimeError: no `look`, or one that found something.
+        """
+        self._plan.move(weights, searches, torch.get_num_threads())
+        torch.autograd.graph.increment_version(self._moved)
+
+    def step(
+        self,
+        rows: int,
+        active: Sequence[bool],
+        weights: Sequence[float],
+        *,
+        searches: bool = False,
+    ) -> bool:
+        """`look`, then `move` where nothing was found.
+
+        Args:
+            rows: as in `look`.
+            active: as in `look`.
+            weights: as in `move`.
+            searches: as in `move`: the Gram matrix comes with the step, too late for its weights.
+
+        Returns:
+            As `look`.
+        """
+        found = self._plan.step(rows, active, weights, searches, torch.get_num_threads())
+        if not found:
+            torch.autograd.graph.increment_version(self._parameters_of(rows, active))
+        return found
+
+    def gram(self, rows: int) -> Tensor:
+        """Where the last call with `searches` put the Gram matrix (rows, rows) of the updates,
+        summed over the shared entries: float64, overwritten by the next step."""
+        return self._grams[rows]
+
+    def _parameters_of(self, rows: int, active: Sequence[bool]) -> Sequence[Tensor]:
+        """What a step moves."""
+        if rows and all(active):
+            return self._parameters
+        moved = list(self._parameters[: self._shared] if rows else ())
+        for row, parameters in self._heads:
+            if active[row]:
+                moved += parameters
+        return moved
+
+
+def _addresses(
+    entry: Entry, numbers: Tensor, clippy: tuple[float, float] | None, isa: int
+) -> tuple[int, ...]:
+    """An entry as the kernels take it, checked."""
+    stacked = bool(entry.state) and entry.state[0].dim() == 2
+    n_rows = len(entry.grads) if stacked else 1
+    if not 0 <= entry.row <= len(numbers) - n_rows:
+        raise ValueError(
+            f"row must be one of the table's {len(numbers)}, with {n_rows} from it on, got "
+            f"{entry.row}"
+        )
+    rows = numbers[entry.row : entry.row + n_rows]
+    update = cpu.check_update(entry.kind, rows, entry.grads, entry.state, isa)
+    numel = entry.grads.shape[1]
+    cpu.check_vector("params", entry.params, entry.grads.dtype, numel)
+    if clippy is None:
+        return (*update, entry.params.data_ptr(), 0, 0, 0)
+    if entry.segments is None or entry.sigma is None:
+        raise ValueError("segments and sigma must be given with clippy")
+    n_segments = cpu.check_segments(entry.segments, numel)
+    cpu.check_matrix("sigma", entry.sigma, len(entry.grads), n_segments)
+    segments, sigma = entry.segments.data_ptr(), entry.sigma.data_ptr()
+    return (*update, entry.params.data_ptr(), segments, n_segments, sigma)
+
+
+class GradientPlan:
+    """The passes of a gradient-level balancer on the CPU.
+
+    Args:
+        rows: of every layout (T + 1, P): the tasks' gradients, and in the last row their sum.
+        heads: gradients of the heads, (1, P) each.
+
+    Raises:
+        ValueError: a tensor of the wrong dtype, shape, layout or device.
+    """
+
+    def __init__(self, rows: Sequence[Tensor], heads: Sequence[Tensor] = ()) -> None:
+        self._n_tasks = len(rows[0]) - 1
+        if any(len(each) != self._n_tasks + 1 for each in rows):
+            raise ValueError(
+                f"rows must be as many in every layout, got {[len(each) for each in rows]}"
+            )
+        self._tensors = tuple(rows), tuple(heads)
+        self._tasks = [_matrix(each[:-1]) for each in rows]
+        self._joint = [each[-1].data_ptr() for each in rows]
+        self._rows = [[_matrix(row[None]) for row in each] for each in rows]
+        self._heads = [_matrix(each) for each in heads]
+        self._weights = torch.zeros(self._n_tasks, dtype=torch.float64)
+        self._weights_array = self._weights.numpy()
+
+    def gram(self) -> Tensor:
+        """Inner products (T, T) of the tasks' gradients, summed over the layouts: float64, new
+        memory. The op `gram`."""
+        threads, total = torch.get_num_threads(), None
+        for tasks in self._tasks:
+            gram = torch.empty(self._n_tasks, self._n_tasks, dtype=torch.float64)
+            _kernels.gram(*tasks, gram.data_ptr(), threads, 0)
+            total = gram if total is None else total + gram
+        assert total is not None
+        return total
+
+    def combine(self, weights: Sequence[float] | Tensor) -> None:
+        """Last row <- sum_i weights_i g_i. The op `combine`.
+
+        Args:
+            weights: (T,).
+        """
+        self._weights_array[:] = weights
+        threads, address = torch.get_num_threads(), self._weights.data_ptr()
+        for tasks, out in zip(self._tasks, self._joint, strict=True):
+            _kernels.combine(*tasks, address, out, threads, 0)
+
+    def finite(self, row: int) -> bool:
+        """Whether a row of all layouts is finite, T for the last. The op `check`."""
+        threads = torch.get_num_threads()
+        return all(_kernels.all_finite(*rows[row], threads, 0) for rows in self._rows)
+
+    def finite_heads(self, filled: Sequence[bool]) -> bool:
+        """Whether the gradients of the heads that have one are finite."""
+        threads = torch.get_num_threads()
+        return all(
+            _kernels.all_finite(*head, threads, 0)
+            for head, on in zip(self._heads, filled, strict=True)
+            if on
+        )
+
+
+def _matrix(grads: Tensor) -> tuple[int, int, int, int, int]:
+    """Rows of gradients as the kernels take them, checked."""
+    dtype, rows, numel, stride = cpu.check_grads(grads)
+    return dtype, rows, numel, grads.data_ptr(), stride
