@@ -124,13 +124,13 @@ class ByOps:
     def look(self, rows: int, active: Sequence[bool], searches: bool) -> bool:
         world = self.world
         self.rows, self.active = rows, torch.tensor(active, dtype=torch.int32)
-        ops.clock(world.hyper, world.counts, self.active, self.numbers, self.found)
+        ops.step_constants(world.hyper, world.counts, self.active, self.numbers, self.found)
         self.grams = []
         for entry, n in self._taking_part():
             if world.clippy or (searches and entry in world.shared):
                 gram = torch.full((n, n), torch.nan, dtype=torch.float64)
                 bounds = {"clippy": BOUNDS, "params": entry.params} if world.clippy else {}
-                ops.search(*self._update(entry, n), gram, **bounds, **self._factors(entry, n))
+                ops.update_gram(*self._update(entry, n), gram, **bounds, **self._factors(entry, n))
                 ops.check(gram, self.found)
                 self.grams.append(gram)
             else:
@@ -146,14 +146,14 @@ class ByOps:
             options = {"skip": self.found, **self._factors(entry, n)}
             if searches and not is_head:
                 gram = torch.full((n, n), torch.nan, dtype=torch.float64)
-                ops.delayed(*moved, gram, clippy=BOUNDS if world.clippy else None, **options)
+                ops.apply_and_gram(*moved, gram, clippy=BOUNDS if world.clippy else None, **options)
                 self.grams.append(gram)
             else:
                 ops.apply(*moved, **options)
-        ops.advance(world.counts, self.active, self.found, world.tally)
+        ops.count_step(world.counts, self.active, self.found, world.tally)
 
     def gram(self, delayed: bool) -> Tensor:
-        """Of a search, or of the move where `delayed`."""
+        """Of a search, or of the move where `apply_and_gram`."""
         first = len(self.grams) - len(SHARED) if delayed else 0
         return self.grams[first] + self.grams[first + 1]
 

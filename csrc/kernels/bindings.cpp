@@ -103,15 +103,15 @@ PyObject* answer(std::int64_t work, const Body& body) {
   Py_RETURN_NONE;
 }
 
-PyObject* py_search(PyObject*, PyObject* const* values, Py_ssize_t count) {
+PyObject* py_update_gram(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments from(values, count);
   const Update update = update_of(from);
   double* gram = from.address<double>();
   if (!from.complete()) return nullptr;
-  return answer(update.numel * update.tasks, [&] { search(update, nullptr, gram); });
+  return answer(update.numel * update.tasks, [&] { update_gram(update, nullptr, gram); });
 }
 
-PyObject* py_search_clipped(PyObject*, PyObject* const* values, Py_ssize_t count) {
+PyObject* py_update_gram_clipped(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments from(values, count);
   const Update update = update_of(from);
   double* gram = from.address<double>();
@@ -123,7 +123,7 @@ PyObject* py_search_clipped(PyObject*, PyObject* const* values, Py_ssize_t count
   clip.n_segments = from.small();
   clip.sigma = from.address<double>();
   if (!from.complete()) return nullptr;
-  return answer(update.numel * update.tasks, [&] { search(update, &clip, gram); });
+  return answer(update.numel * update.tasks, [&] { update_gram(update, &clip, gram); });
 }
 
 PyObject* py_apply(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -140,7 +140,7 @@ PyObject* py_apply(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return answer(update.numel * update.tasks, [&] { apply(update, step); });
 }
 
-PyObject* py_delayed(PyObject*, PyObject* const* values, Py_ssize_t count) {
+PyObject* py_apply_and_gram(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments from(values, count);
   const Update update = update_of(from);
   Step step{};
@@ -149,7 +149,7 @@ PyObject* py_delayed(PyObject*, PyObject* const* values, Py_ssize_t count) {
   step.skip = from.address<const std::int32_t>();
   double* gram = from.address<double>();
   if (!from.complete()) return nullptr;
-  return answer(update.numel * update.tasks, [&] { delayed(update, step, gram); });
+  return answer(update.numel * update.tasks, [&] { apply_and_gram(update, step, gram); });
 }
 
 PyObject* py_gram(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -221,7 +221,7 @@ PyObject* py_all_finite(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return done(rows * numel, body) ? PyBool_FromLong(finite) : nullptr;
 }
 
-PyObject* py_clock(PyObject*, PyObject* const* values, Py_ssize_t count) {
+PyObject* py_step_constants(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments from(values, count);
   const int rows = from.small();
   const auto* hyper = from.address<const Hyper>();
@@ -230,10 +230,10 @@ PyObject* py_clock(PyObject*, PyObject* const* values, Py_ssize_t count) {
   auto* numbers = from.address<Numbers>();
   auto* found = from.address<std::int32_t>();
   if (!from.complete()) return nullptr;
-  return answer(rows, [&] { clock(rows, hyper, counts, active, numbers, found); });
+  return answer(rows, [&] { step_constants(rows, hyper, counts, active, numbers, found); });
 }
 
-PyObject* py_advance(PyObject*, PyObject* const* values, Py_ssize_t count) {
+PyObject* py_count_step(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments from(values, count);
   const int rows = from.small();
   auto* counts = from.address<std::int64_t>();
@@ -241,7 +241,7 @@ PyObject* py_advance(PyObject*, PyObject* const* values, Py_ssize_t count) {
   const auto* found = from.address<const std::int32_t>();
   auto* tally = from.address<std::int64_t>();
   if (!from.complete()) return nullptr;
-  return answer(rows, [&] { advance(rows, counts, active, found, tally); });
+  return answer(rows, [&] { count_step(rows, counts, active, found, tally); });
 }
 
 PyObject* py_supported(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -419,11 +419,11 @@ PyMethodDef method(const char* name) {
 }
 
 PyMethodDef methods[] = {
-    method<py_search>("search"),         method<py_search_clipped>("search_clipped"),
-    method<py_apply>("apply"),           method<py_delayed>("delayed"),
+    method<py_update_gram>("update_gram"),         method<py_update_gram_clipped>("update_gram_clipped"),
+    method<py_apply>("apply"),           method<py_apply_and_gram>("apply_and_gram"),
     method<py_gram>("gram"),             method<py_combine>("combine"),
     method<py_perturb>("perturb"),       method<py_all_finite>("all_finite"),
-    method<py_clock>("clock"),           method<py_advance>("advance"),
+    method<py_step_constants>("step_constants"),           method<py_count_step>("count_step"),
     method<py_supported>("supported"),   {nullptr, nullptr, 0, nullptr},
 };
 

@@ -73,15 +73,15 @@ struct Step {
 };
 
 // gram (T, T) written whole. clip may be null.
-void search(const Update& update, const Clip* clip, double* gram);
+void update_gram(const Update& update, const Clip* clip, double* gram);
 
 // Moments in update.state and step.params are updated in place.
 void apply(const Update& update, const Step& step);
 
-// search, then apply with step.weights, in one pass; step.sigma is null. (With Clippy a tensor's
-// sigma is known only at its end: that is two passes, search and apply.) The results have the bits
-// of search and apply called one after the other. gram is written under step.skip too.
-void delayed(const Update& update, const Step& step, double* gram);
+// update_gram, then apply with step.weights, in one pass; step.sigma is null. (With Clippy a
+// tensor's sigma is known only at its end: that is two passes.) The results have the bits of both
+// called one after the other. gram is written under step.skip too.
+void apply_and_gram(const Update& update, const Step& step, double* gram);
 
 // gram (T, T) written whole: inner products of the gradients themselves.
 void gram(DType dtype, int tasks, std::int64_t numel, Matrix grads, double* gram, int threads,
@@ -119,11 +119,11 @@ bool all_finite(DType dtype, std::int64_t rows, std::int64_t numel, Matrix value
 
 // numbers (rows) of hyper at step counts + 1 where active, else 0; found (1) is set to 0. The bits
 // are those of fastmto.rules.Rule.numbers.
-void clock(int rows, const Hyper* hyper, const std::int64_t* counts, const std::int32_t* active,
+void step_constants(int rows, const Hyper* hyper, const std::int64_t* counts, const std::int32_t* active,
            Numbers* numbers, std::int32_t* found);
 
 // Where found (1) is 0, counts of the active rows and tally[0] grow by 1, else tally[1].
-void advance(int rows, std::int64_t* counts, const std::int32_t* active, const std::int32_t* found,
+void count_step(int rows, std::int64_t* counts, const std::int32_t* active, const std::int32_t* found,
              std::int64_t* tally);
 
 // Whether this machine and this build have `isa`.

@@ -449,7 +449,7 @@ bool supported(Isa isa) {
 #endif
 }
 
-void search(const Update& update, const Clip* clip, double* gram) {
+void update_gram(const Update& update, const Clip* clip, double* gram) {
   const Blocks& blocks = blocks_for(update);
   const Source updates{blocks.updates[update.kind][static_cast<int>(update.dtype)], false};
   gather(update, clip, blocks, updates, gram, [](std::int64_t, int, const char*) {});
@@ -481,9 +481,9 @@ void apply(const Update& update, const Step& step) {
   });
 }
 
-void delayed(const Update& update, const Step& step, double* gram) {
+void apply_and_gram(const Update& update, const Step& step, double* gram) {
   const Numbers* const rates = first_active(update);
-  if (rates == nullptr || skipped(step)) return search(update, nullptr, gram);
+  if (rates == nullptr || skipped(step)) return update_gram(update, nullptr, gram);
   const Blocks& blocks = blocks_for(update);
   const auto dtype = static_cast<int>(update.dtype);
   const Source updates{blocks.updates[update.kind][dtype], false};
@@ -594,7 +594,7 @@ bool all_finite(DType dtype, std::int64_t rows, std::int64_t numel, Matrix value
   return finite.load();
 }
 
-void clock(int rows, const Hyper* hyper, const std::int64_t* counts, const std::int32_t* active,
+void step_constants(int rows, const Hyper* hyper, const std::int64_t* counts, const std::int32_t* active,
            Numbers* numbers, std::int32_t* found) {
   for (int r = 0; r < rows; ++r) {
     numbers[r] = Numbers{};
@@ -616,7 +616,7 @@ void clock(int rows, const Hyper* hyper, const std::int64_t* counts, const std::
   *found = 0;
 }
 
-void advance(int rows, std::int64_t* counts, const std::int32_t* active, const std::int32_t* found,
+void count_step(int rows, std::int64_t* counts, const std::int32_t* active, const std::int32_t* found,
              std::int64_t* tally) {
   if (*found != 0) {
     ++tally[1];

@@ -56,7 +56,7 @@ void Plan::look_at(const Run& run, int rows, bool searches, double* gram, int th
     clip.segments = run.segments;
     clip.n_segments = run.n_segments;
     clip.sigma = run.sigma;
-    search(update, clipped_ ? &clip : nullptr, gram);
+    update_gram(update, clipped_ ? &clip : nullptr, gram);
     finite = all_finite(DType::f64, rows, rows, {gram, rows}, threads, update.isa);
   } else {
     finite = all_finite(update.dtype, rows, update.numel, update.grads, threads, update.isa);
@@ -66,7 +66,7 @@ void Plan::look_at(const Run& run, int rows, bool searches, double* gram, int th
 
 bool Plan::look(int rows, bool searches, int threads) {
   rows_ = rows;
-  clock(table_.rows, table_.hyper, table_.counts, active.data(), table_.numbers, &found_);
+  step_constants(table_.rows, table_.hyper, table_.counts, active.data(), table_.numbers, &found_);
   if (searches) std::fill(gram_, gram_ + rows * rows, 0.0);  // where there is no shared run
   for (std::size_t k = 0; rows > 0 && k < shared_.size(); ++k) {
     look_at(shared_[k], rows, searches, gram_of(k), threads);
@@ -91,7 +91,7 @@ void Plan::move_one(const Run& run, int rows, const double* weights, double* gra
     step.sigma = run.sigma;
   }
   if (gram != nullptr) {
-    delayed(update, step, gram);
+    apply_and_gram(update, step, gram);
   } else {
     apply(update, step);
   }
@@ -109,7 +109,7 @@ void Plan::move(bool searches, int threads) {
   for (const Run& run : heads_) {
     if (takes_part(run)) move_one(run, 1, &one, nullptr, threads);
   }
-  advance(table_.rows, table_.counts, active.data(), &found_, table_.tally);
+  count_step(table_.rows, table_.counts, active.data(), &found_, table_.tally);
   ready_ = false;
 }
 

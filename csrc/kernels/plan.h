@@ -9,7 +9,7 @@
 
 namespace fastmto {
 
-// The table of the step counts; `clock` and `advance` in kernels.h.
+// The table of the step counts; `step_constants` and `count_step` in kernels.h.
 struct Table {
   int rows;  // R
   const Hyper* hyper;

@@ -8,7 +8,7 @@ Strides in elements. `skip` and `sigma` may be 0, for None.
 
 from collections.abc import Sequence
 
-def search(
+def update_gram(
     kind: int,
     dtype: int,
     per_task: bool,
@@ -28,7 +28,7 @@ def search(
     gram: int,
     /,
 ) -> None: ...
-def search_clipped(
+def update_gram_clipped(
     kind: int,
     dtype: int,
     per_task: bool,
@@ -79,7 +79,7 @@ def apply(
     sigma: int,
     /,
 ) -> None: ...
-def delayed(
+def apply_and_gram(
     kind: int,
     dtype: int,
     per_task: bool,
@@ -152,11 +152,13 @@ def all_finite(
     isa: int,
     /,
 ) -> bool: ...
-def clock(rows: int, hyper: int, counts: int, active: int, numbers: int, found: int, /) -> None: ...
-def advance(rows: int, counts: int, active: int, found: int, tally: int, /) -> None: ...
+def step_constants(
+    rows: int, hyper: int, counts: int, active: int, numbers: int, found: int, /
+) -> None: ...
+def count_step(rows: int, counts: int, active: int, found: int, tally: int, /) -> None: ...
 def supported(isa: int, /) -> bool: ...
 
-#: What `search` takes before `gram`, then params, segments, n_segments and sigma.
+#: What `update_gram` takes before `gram`, then params, segments, n_segments and sigma.
 _Run = tuple[int, ...]
 
 class Plan:

@@ -31,7 +31,7 @@ _RULES: tuple[Rule, ...] = (
 _STATES = {rule.kind: rule.state_names for rule in _RULES}
 _STATUSES = {name: float(number) for number, name in enumerate(solvers.STATUSES)}
 
-#: What the three passes over updates take first, in the order of `_kernels.search`.
+#: What the three passes over updates take first, in the order of `_kernels.update_gram`.
 _Update = tuple[int, int, bool, int, int, int, int, int, int, int, int, int, int, int, int, int]
 
 
@@ -159,7 +159,7 @@ def check_update(
 
 
 def check_table(hyper: Tensor, counts: Tensor, numbers: Tensor) -> int:
-    """The number of rows of what `clock` reads and writes."""
+    """The number of rows of what `step_constants` reads and writes."""
     rows = counts.numel()
     check_matrix("hyper", hyper, rows, len(Hyper._fields))
     check_vector("counts", counts, torch.int64, rows)
@@ -175,7 +175,7 @@ def _check_skip(skip: Tensor | None) -> int:
     return skip.data_ptr()
 
 
-def search(
+def update_gram(
     kind: int,
     numbers: Tensor,
     grads: Tensor,
@@ -193,7 +193,7 @@ def search(
     tasks, numel = update[3], update[4]
     check_matrix("gram", gram, tasks, tasks)
     if clippy is None:
-        _kernels.search(*update, gram.data_ptr())
+        _kernels.update_gram(*update, gram.data_ptr())
         return
     if params is None or segments is None or sigma is None:
         raise ValueError("params, segments and sigma must be given with clippy")
@@ -201,7 +201,7 @@ def search(
     check_vector("params", params, grads.dtype, numel)
     n_segments = check_segments(segments, numel)
     check_matrix("sigma", sigma, tasks, n_segments)
-    _kernels.search_clipped(
+    _kernels.update_gram_clipped(
         *update,
         gram.data_ptr(),
         lambda_rel,
@@ -242,7 +242,7 @@ def apply(
     _kernels.apply(*update, *moved, segments.data_ptr(), n_segments, sigma.data_ptr())
 
 
-def delayed(
+def apply_and_gram(
     kind: int,
     numbers: Tensor,
     grads: Tensor,
@@ -257,10 +257,10 @@ def delayed(
     skip: Tensor | None = None,
     isa: int = 0,
 ) -> None:
-    """search and apply; see `fastmto.ops`.
+    """update_gram and apply; see `fastmto.ops`.
 
     With Clippy a tensor's factor is known only at its end, so that makes two passes; the factors
-    are this step's, and stand in `sigma` afterwards. The results have the bits of `search` and
+    are this step's, and stand in `sigma` afterwards. The results have the bits of `update_gram` and
     `apply` called one after the other.
     """
     update = check_update(kind, numbers, grads, state, isa)
@@ -272,12 +272,12 @@ def delayed(
     if clippy is None:
         if sigma is not None:
             raise ValueError("clippy must be given with sigma")
-        _kernels.delayed(
+        _kernels.apply_and_gram(
             *update, params.data_ptr(), weights.data_ptr(), skip_address, gram.data_ptr()
         )
         return
     head = kind, numbers, grads, state
-    search(*head, gram, clippy=clippy, params=params, segments=segments, sigma=sigma, isa=isa)
+    update_gram(*head, gram, clippy=clippy, params=params, segments=segments, sigma=sigma, isa=isa)
     apply(*head, params, weights, segments=segments, sigma=sigma, skip=skip, isa=isa)
 
 
@@ -357,12 +357,14 @@ def check(grads: Tensor, found: Tensor, *, isa: int = 0) -> None:
         found.fill_(1)
 
 
-def clock(hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found: Tensor) -> None:
+def step_constants(
+    hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found: Tensor
+) -> None:
     """numbers of the next step, with the bits of `Rule.numbers`; see `fastmto.ops`."""
     rows = check_table(hyper, counts, numbers)
     check_vector("active", active, torch.int32, rows)
     check_vector("found", found, torch.int32, 1)
-    _kernels.clock(
+    _kernels.step_constants(
         rows,
         hyper.data_ptr(),
         counts.data_ptr(),
@@ -372,14 +374,16 @@ def clock(hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found:
     )
 
 
-def advance(counts: Tensor, active: Tensor, found: Tensor, tally: Tensor) -> None:
+def count_step(counts: Tensor, active: Tensor, found: Tensor, tally: Tensor) -> None:
     """The step counts after a step that was taken or skipped; see `fastmto.ops`."""
     rows = counts.numel()
     check_vector("counts", counts, torch.int64, rows)
     check_vector("active", active, torch.int32, rows)
     check_vector("found", found, torch.int32, 1)
     check_vector("tally", tally, torch.int64, 2)
-    _kernels.advance(rows, counts.data_ptr(), active.data_ptr(), found.data_ptr(), tally.data_ptr())
+    _kernels.count_step(
+        rows, counts.data_ptr(), active.data_ptr(), found.data_ptr(), tally.data_ptr()
+    )
 
 
 def bargaining(

@@ -51,9 +51,9 @@ class Plan:
 
     A step, as the ops have it, over the shared entries and the heads that take part:
 
-        look    clock; then for every entry `check`, or `search` where Clippy or a search of weights
-                need it, with a `check` of its Gram
-        move    `apply` with the weights, or `delayed`; a head's weight is 1; then `advance`
+        look    `step_constants`; then for every entry `check`, or, with Clippy or in a search of
+                weights, `update_gram` and `check` of its Gram
+        move    `apply` with the weights, or `apply_and_gram`; a head's weight is 1; `count_step`
 
     `step` is both in one call, for steps that need no decision in between. Nothing has moved where
     a step is not finite.

@@ -36,7 +36,7 @@ class Clock:
 
     Attributes:
         counts: steps made, (R,) int64.
-        numbers: of the step being made, (R, 11) float64, by the op `clock`.
+        numbers: of the step being made, (R, 11) float64, by the op `step_constants`.
         found: (1,) int32; not 0 where the step being made is not finite.
         tally: (2,) int64, steps made and steps skipped.
     """
@@ -69,11 +69,11 @@ class Clock:
 
     def start(self) -> None:
         """numbers <- those of the coming step."""
-        ops.clock(self._hyper, self.counts, self._active, self.numbers, self.found)
+        ops.step_constants(self._hyper, self.counts, self._active, self.numbers, self.found)
 
     def finish(self) -> None:
         """Count the step where it was made."""
-        ops.advance(self.counts, self._active, self.found, self.tally)
+        ops.count_step(self.counts, self._active, self.found, self.tally)
 
 
 class Store:
@@ -172,7 +172,7 @@ class Run:
     def search(self, rows: int, clippy: Clippy | None) -> None:
         """The Gram matrix of the updates, and Clippy's factors; found if not finite."""
         params = None if clippy is None else self.params
-        ops.search(
+        ops.update_gram(
             *self._update(rows),
             self.gram(rows),
             clippy=_bounds(clippy),
@@ -199,7 +199,7 @@ class Run:
 
     def delayed(self, rows: int, clippy: Clippy | None, weights: Tensor) -> None:
         """`apply` and `search` in one pass."""
-        ops.delayed(
+        ops.apply_and_gram(
             *self._update(rows),
             self.params,
             weights,
@@ -214,7 +214,7 @@ class Run:
         """What all passes over updates take first."""
         return self.kind, self.numbers, self.grads[:rows], self.state
 
-    def _factors(self, rows: int, clippy: Clippy | None) -> dict[str, Tensor]:
+    def _factors(self, rows: int, clippy: Clippy | None) -> dict[str, Any]:
         """Where Clippy's factors stand, if there are any."""
         if clippy is None:
             return {}
