@@ -118,13 +118,13 @@ bool all_finite(DType dtype, std::int64_t rows, std::int64_t numel, Matrix value
                 Isa isa);
 
 // numbers (rows) of hyper at step counts + 1 where active, else 0; found (1) is set to 0. The bits
-// are those of fastmto.rules.Rule.numbers.
-void step_constants(int rows, const Hyper* hyper, const std::int64_t* counts, const std::int32_t* active,
-           Numbers* numbers, std::int32_t* found);
+// are those of fastmto.optim.rules.Rule.numbers.
+void step_constants(int rows, const Hyper* hyper, const std::int64_t* counts,
+                    const std::int32_t* active, Numbers* numbers, std::int32_t* found);
 
 // Where found (1) is 0, counts of the active rows and tally[0] grow by 1, else tally[1].
-void count_step(int rows, std::int64_t* counts, const std::int32_t* active, const std::int32_t* found,
-             std::int64_t* tally);
+void count_step(int rows, std::int64_t* counts, const std::int32_t* active,
+                const std::int32_t* found, std::int64_t* tally);
 
 // Whether this machine and this build have `isa`.
 bool supported(Isa isa);

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _kernels, cpu
+from . import _kernels
+from . import cpu_checks as checks
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +92,9 @@ class Plan:
         isa: int = 0,
     ) -> None:
         rows = counts.numel()
-        numbers = torch.zeros(rows, cpu.NUMBERS, dtype=torch.float64)
-        cpu.check_table(hyper, counts, numbers)
-        cpu.check_vector("tally", tally, torch.int64, 2)
+        numbers = torch.zeros(rows, checks.NUMBERS, dtype=torch.float64)
+        checks.check_table(hyper, counts, numbers)
+        checks.check_vector("tally", tally, torch.int64, 2)
         for entry in heads:
             if len(entry.grads) != 1:
                 raise ValueError(f"heads must have one row of grads, got {len(entry.grads)}")
@@ -202,15 +203,15 @@ def _addresses(
             f"{entry.row}"
         )
     rows = numbers[entry.row : entry.row + n_rows]
-    update = cpu.check_update(entry.kind, rows, entry.grads, entry.state, isa)
+    update = checks.check_update(entry.kind, rows, entry.grads, entry.state, isa)
     numel = entry.grads.shape[1]
-    cpu.check_vector("params", entry.params, entry.grads.dtype, numel)
+    checks.check_vector("params", entry.params, entry.grads.dtype, numel)
     if clippy is None:
         return (*update, entry.params.data_ptr(), 0, 0, 0)
     if entry.segments is None or entry.sigma is None:
         raise ValueError("segments and sigma must be given with clippy")
-    n_segments = cpu.check_segments(entry.segments, numel)
-    cpu.check_matrix("sigma", entry.sigma, len(entry.grads), n_segments)
+    n_segments = checks.check_segments(entry.segments, numel)
+    checks.check_matrix("sigma", entry.sigma, len(entry.grads), n_segments)
     segments, sigma = entry.segments.data_ptr(), entry.sigma.data_ptr()
     return (*update, entry.params.data_ptr(), segments, n_segments, sigma)
 
@@ -279,5 +280,5 @@ class GradientPlan:
 
 def _matrix(grads: Tensor) -> tuple[int, int, int, int, int]:
     """Rows of gradients as the kernels take them, checked."""
-    dtype, rows, numel, stride = cpu.check_grads(grads)
+    dtype, rows, numel, stride = checks.check_grads(grads)
     return dtype, rows, numel, grads.data_ptr(), stride
