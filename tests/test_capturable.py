@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 import fastmto
 from fastmto import ops
-from fastmto.engine import device
-from fastmto.engine import gradients as task_gradients
+from fastmto.engine import device, heads, search
 from fastmto.optim import update_balancer as optim
 from fastmto.optim.graphed import Graph
 from fastmto.optim.rules import AdaGrad, RMSProp
@@ -303,7 +302,7 @@ def test_compiled_training_makes_the_same_steps(capturable: bool) -> None:
 def a_capture() -> Iterator[None]:
     """As if a CUDA graph were being captured."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (device, optim, task_gradients):
+        for module in (device, optim, heads, search):
             patch.setattr(module, "capturing", lambda device: True)
         yield
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -76,7 +75,6 @@ def world(
             [torch.zeros(shape, dtype=maths) for _ in rule.state_names],
             torch.tensor([0, *sizes]).cumsum(0) if clippy else None,
             torch.full((rows, len(sizes)), torch.nan, dtype=torch.float64) if clippy else None,
-            [piece.data for piece in torch.split(params, list(sizes))],
         )
 
     # The second shared run has the row, or the rows, of the first: neighbours of a frozen tensor.
@@ -186,7 +184,8 @@ def lockstep(
     for seed in range(12):
         absent = [seed % n_tasks] if seed % 3 == 2 and n_tasks > 1 else []
         searches = adatask or seed % 2 == 0
-        delayed, two_calls = seed % 4 == 2, seed % 4 == 0
+        # Weights by this step's Gram, by an earlier one, or no Gram at all.
+        in_look, in_move = seed % 4 == 0, seed % 4 == 2
         reached = seed != 7
         rows = (n_tasks + spare if searches else 1) if reached else 0
         touched = [reached and i not in absent for i in range(n_tasks)]
@@ -201,23 +200,21 @@ def lockstep(
             for one in (ours, theirs):
                 one.shared[1].grads[0, 3] = torch.nan
         plan.gram(rows).fill_(torch.nan)
-        if two_calls:
-            found = plan.look(rows, active, searches=True)
-            assert found == by_ops.look(rows, active, True)
-            assert torch.equal(plan.gram(rows), by_ops.gram(False)), seed
-            if not found:
-                plan.move(weights)
-                by_ops.move(weights, False)
-        else:
-            found = plan.step(rows, active, weights, searches=delayed)
-            assert found == by_ops.look(rows, active, False)
-            if not found:
-                by_ops.move(weights, delayed)
-                if delayed:
-                    assert torch.equal(plan.gram(rows), by_ops.gram(True)), seed
-        assert found == (seed in (5, 6)), seed
+        found = plan.look(rows, active, searches=in_look)
+        assert found == by_ops.look(rows, active, in_look) == (seed in (5, 6)), seed
+        if not found:
+            plan.move(weights, searches=in_move)
+            by_ops.move(weights, in_move)
+        if (in_look or in_move) and not found:
+            assert torch.equal(plan.gram(rows), by_ops.gram(in_move)), seed
         for a, b in zip(ours.written(), theirs.written(), strict=True):
             assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), seed
+
+
+def step(plan: Plan, rows: int, active: list[bool]) -> None:
+    """A step that is made, without a search, by the weights 1."""
+    assert not plan.look(rows, active, searches=False)
+    plan.move([1.0] * rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -262,56 +259,80 @@ def test_the_plan_keeps_its_tensors() -> None:
     plan = made.plan()
     fill([made], 0)
     del made
-    gc.collect()
     before = params.clone()
-    assert not plan.step(1, [True] * 4, [1.0])
+    step(plan, 1, [True] * 4)
     assert not torch.equal(params, before)
     hyper[:, Hyper._fields.index("lr")] = 0.0  # read at every step
     hyper[:, Hyper._fields.index("weight_decay")] = 0.0
     before = params.clone()
-    assert not plan.step(1, [True] * 4, [1.0])
+    step(plan, 1, [True] * 4)
     assert torch.equal(params, before)
 
 
-def test_autograd_hears_of_what_moved() -> None:
+def test_only_what_takes_part_moves() -> None:
     made = world(Adam(), 2)
     plan = made.plan()
     fill([made], 0)
-    versions = [p._version for e in (*made.shared, *made.heads) for p in e.parameters]
+    entries = [*made.shared, *made.heads]
+    before = [entry.params.clone() for entry in entries]
 
-    def moved() -> list[int]:
-        now = [p._version for e in (*made.shared, *made.heads) for p in e.parameters]
-        return [b - a for a, b in zip(versions, now, strict=True)]
+    def moved() -> list[bool]:
+        return [not torch.equal(e.params, b) for e, b in zip(entries, before, strict=True)]
 
-    plan.step(1, [True] * 4, [1.0])
-    assert moved() == [1, 1, 1, 1, 1, 1, 1, 1]
-    plan.step(1, [True, False, True, False], [1.0])
-    assert moved() == [2, 2, 2, 2, 1, 1, 2, 1]
-    plan.look(0, [True, True, False, False], searches=False)
-    plan.move([])
-    assert moved() == [2, 2, 2, 2, 2, 2, 2, 1]
-    made.heads[0].grads[0, 0] = torch.nan
-    assert plan.step(1, [True] * 4, [1.0])
-    assert plan.look(1, [True] * 4, searches=False)
-    with pytest.raises(RuntimeError, match=r"needs a look\(\) before it"):
+    step(plan, 0, [True, True, False, False])
+    assert moved() == [False, False, True, False, False]
+    assert made.counts.tolist() == [1, 2, 0, 1]
+    made.heads[1].grads[0, 0] = torch.nan  # of a head that takes no part
+    step(plan, 1, [True, False, False, True])
+    assert moved() == [True, True, True, False, True]
+    assert made.tally.tolist() == [2, 0]
+
+
+def test_nothing_moves_without_a_look() -> None:
+    made = world(Adam(), 2)
+    plan = made.plan()
+    with pytest.raises(RuntimeError, match=r"needs a look\(\) before it that found nothing"):
+        plan.move([])
+    fill([made], 0)
+    step(plan, 1, [True] * 4)
+    with pytest.raises(RuntimeError, match=r"needs a look\(\)"):
         plan.move([1.0])
-    assert moved() == [2, 2, 2, 2, 2, 2, 2, 1]
+    made.heads[0].grads[0, 0] = torch.nan
+    assert plan.look(1, [True] * 4, searches=False)
+    with pytest.raises(RuntimeError, match=r"needs a look\(\)"):
+        plan.move([1.0])
+    assert made.tally.tolist() == [1, 0]
+
+
+def test_no_shared_entries() -> None:
+    made = replace(world(Adam(), 2), shared=[])
+    fill([made], 0)
+    plan = made.plan()
+    for searches in (True, False):
+        assert not plan.look(50, [True] * 4, searches=searches)
+        plan.move([1.0] * 50, searches=searches)
+    assert made.tally.tolist() == [2, 0]
 
 
 def test_wrong_calls_are_named() -> None:
-    plan = world(Adam(), 2).plan()
+    made = world(Adam(), 2)
+    fill([made], 0)
+    plan = made.plan()
     with pytest.raises(ValueError, match=r"rows must be 0 or .* got 3"):
-        plan.step(3, [True] * 4, [1.0] * 3)
+        plan.look(3, [True] * 4, searches=False)
+    with pytest.raises(ValueError, match=r"rows must be 0 or .* got -1"):
+        plan.look(-1, [True] * 4, searches=False)
     with pytest.raises(ValueError, match="active must be a list or tuple of length 4, got "):
         plan.look(1, [True] * 3, searches=False)
+    assert not plan.look(2, [True] * 4, searches=False)
     with pytest.raises(ValueError, match=r"weights must be a list or tuple of length 2, got \[1.0"):
-        plan.step(2, [True] * 4, [1.0])
-    with pytest.raises(ValueError, match="weights must be a list or tuple of length 1"):
-        plan.step(1, [True] * 4, torch.ones(1))  # type: ignore[arg-type]
+        plan.move([1.0])
+    with pytest.raises(ValueError, match="weights must be a list or tuple of length 2"):
+        plan.move(torch.ones(2))  # type: ignore[arg-type]
     with pytest.raises(TypeError):
-        plan.step(1, [True] * 4, ["1"])  # type: ignore[list-item]
+        plan.move([1.0, "1"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="all of theirs"):
-        world(Adam(), 2, adatask=True).plan().step(1, [True] * 5, [1.0])
+        world(Adam(), 2, adatask=True).plan().look(1, [True] * 5, searches=False)
 
 
 @pytest.mark.parametrize(
@@ -355,25 +376,22 @@ def test_gradients(dtype: torch.dtype) -> None:
             torch.randn(n_tasks + 1, numel, dtype=torch.float64).to(t)
             for numel, t in ((1237, dtype), (5, torch.float64))
         ]
-        heads = [torch.randn(1, 9).to(dtype), torch.randn(1, 3).to(dtype)]
-        plan = GradientPlan(rows, heads)
-        grams = [torch.full((n_tasks, n_tasks), torch.nan, dtype=torch.float64) for _ in rows]
+        plan = GradientPlan(rows)
         weights = torch.rand(n_tasks, dtype=torch.float64)
-        outs = [torch.full_like(each[-1], torch.nan) for each in rows]
-        for each, gram, out in zip(rows, grams, outs, strict=True):
-            ops.gram(each[:-1], gram)
-            ops.combine(each[:-1], weights, out)
+        grams, outs = [], []
+        for each in rows:
+            grams.append(torch.full((n_tasks, n_tasks), torch.nan, dtype=torch.float64))
+            outs.append(torch.full_like(each[-1], torch.nan))
+            ops.gram(each[:-1], grams[-1])
+            ops.combine(each[:-1], weights, outs[-1])
+            each[-1] = torch.nan
         assert torch.equal(plan.gram(), grams[0] + grams[1])
-        for weight in (weights, weights.tolist()):
-            for each in rows:
-                each[-1] = torch.nan
-            assert not plan.finite(n_tasks)
-            plan.combine(weight)
-            assert all(torch.equal(each[-1], out) for each, out in zip(rows, outs, strict=True))
-            assert plan.finite(n_tasks)
-        assert plan.finite_heads([True, True])
-        heads[1][0, 2] = torch.inf
-        assert not plan.finite_heads([True, True])
-        assert plan.finite_heads([True, False])
+        assert plan.finite(0)
+        assert not plan.finite(n_tasks)
+        plan.combine(weights)
+        assert all(torch.equal(each[-1], out) for each, out in zip(rows, outs, strict=True))
+        assert plan.finite(n_tasks)
+        with pytest.raises(ValueError, match="weights must be a contiguous float64"):
+            plan.combine(weights.float())
     with pytest.raises(ValueError, match="rows must be as many in every layout"):
         GradientPlan([torch.zeros(2, 3), torch.zeros(3, 3)])

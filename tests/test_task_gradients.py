@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fastmto
-from fastmto.engine import gradients as task_gradients
+from fastmto.engine import heads as heads_module
 from fastmto.engine.flat import FlatLayout
-from fastmto.engine.gradients import UNKNOWN, UNUSED, USED, TaskGradients, as_list, first_nonfinite
+from fastmto.engine.gradients import TaskGradients
+from fastmto.engine.heads import UNKNOWN, UNUSED, USED
+from fastmto.engine.losses import as_list, first_nonfinite
 
 
 def build(owners: str = "given", n_tasks: int = 2):
@@ -61,7 +63,7 @@ def test_rows_and_heads_hold_each_tasks_own_gradient(owners: str) -> None:
         gradients.clear()
         gradients.per_task(model.losses(batch(seed)))
         check_rows(model, layout, gradients, [batch(seed)])
-    assert gradients.owners == ([0, 1] if owners == "given" else [0, 0, 1, 1])
+    assert gradients.ownership.owners == ([0, 1] if owners == "given" else [0, 0, 1, 1])
     assert gradients.backwards == 4
 
 
@@ -77,9 +79,9 @@ def test_a_task_absent_from_the_first_micro_batch_joins_in_the_second() -> None:
     gradients.rows[0].fill_(float("nan"))
     first, second = model.losses(batch(1)), model.losses(batch(2))
     gradients.per_task([first[0], None])
-    assert gradients.present == [True, False]
+    assert gradients.took_part == [True, False]
     gradients.per_task(second)
-    assert gradients.present == [True, True]
+    assert gradients.took_part == [True, True]
     for view, g in zip(
         layout.views(gradients.rows[0][1]), expected(model, batch(2), 1)[0], strict=True
     ):
@@ -126,7 +128,7 @@ def test_weighted_is_the_joint_gradient_and_heads_get_their_own_back(weights) ->
 def test_weighted_before_any_other_backward_still_finds_the_owners() -> None:
     model, layout, gradients = build("found")
     gradients.weighted(model.losses(batch(1)), [0.5, 2.0])
-    assert gradients.owners == [0, 0, 1, 1]
+    assert gradients.ownership.owners == [0, 0, 1, 1]
     joint = [
         0.5 * a + 2.0 * b
         for a, b in zip(
@@ -143,8 +145,8 @@ def test_a_task_that_does_not_reach_the_trunk_has_a_zero_row_and_a_trained_head(
         view.fill_(float("nan"))
     own = model.heads[1].weight.pow(2).sum()
     gradients.per_task([model.losses(batch(1))[0], own])
-    assert gradients.touched == [True, False]
-    assert gradients.present == [True, True]
+    assert gradients.reached_shared == [True, False]
+    assert gradients.took_part == [True, True]
     assert float(gradients.rows[0][1].abs().sum()) == 0
     weight = model.heads[1].weight
     torch.testing.assert_close(head_grad(gradients, model, weight), 2 * weight.detach())
@@ -157,8 +159,8 @@ def test_stacked_losses_are_taken_apart(owners: str) -> None:
     own = model.heads[1].weight.pow(2).sum()
     losses = torch.stack([model.losses(batch(1))[0], own])
     gradients.per_task(as_list(losses, 2, None)[0])
-    assert gradients.touched == [True, False]
-    assert gradients.filled[-1] == (owners == "given")  # task 1 does not use its bias
+    assert gradients.reached_shared == [True, False]
+    assert gradients.has_grad[-1] == (owners == "given")  # task 1 does not use its bias
     for view, g in zip(
         layout.views(gradients.rows[0][0]), expected(model, batch(1), 0)[0], strict=True
     ):
@@ -170,7 +172,7 @@ def test_stacked_losses_are_taken_apart(owners: str) -> None:
 def test_losses_stacked_and_scaled_connect_all_tasks_and_still_find_owners() -> None:
     model, _, gradients = build("found")
     gradients.per_task(list((2 * torch.stack(model.losses(batch(1)))).unbind()))
-    assert gradients.owners == [0, 0, 1, 1]
+    assert gradients.ownership.owners == [0, 0, 1, 1]
 
 
 def test_a_zero_initialised_head_belongs_to_the_only_task_that_reaches_it() -> None:
@@ -178,7 +180,7 @@ def test_a_zero_initialised_head_belongs_to_the_only_task_that_reaches_it() -> N
     for head in model.heads:
         nn.init.zeros_(head.weight)
     gradients.per_task([(0 * loss).sum() for loss in model.losses(batch(1))])
-    assert gradients.owners == [0, 0, 1, 1]
+    assert gradients.ownership.owners == [0, 0, 1, 1]
 
 
 def test_a_head_that_two_tasks_train_is_refused_and_nothing_is_settled() -> None:
@@ -187,27 +189,27 @@ def test_a_head_that_two_tasks_train_is_refused_and_nothing_is_settled() -> None
     losses[1] = losses[1] + model.heads[0].weight.sum()
     with pytest.raises(ValueError, match=r"one task each.*\[0, 1\].*\(1, 8\).*shared_parameters"):
         gradients.per_task(losses)
-    assert gradients.inspected == [UNKNOWN, UNKNOWN]
+    assert gradients.ownership.inspected == [UNKNOWN, UNKNOWN]
 
 
 def test_a_head_reached_with_zeros_only_waits_for_its_owner() -> None:
     model, _, gradients = build("found")
     gradients.per_task(list((0 * torch.stack(model.losses(batch(1)))).unbind()))
-    assert gradients.owners == [None] * 4
+    assert gradients.ownership.owners == [None] * 4
     gradients.clear()
     gradients.per_task(list((1 * torch.stack(model.losses(batch(1)))).unbind()))
-    assert gradients.owners == [0, 0, 1, 1]
-    assert gradients.filled == [True] * 4
+    assert gradients.ownership.owners == [0, 0, 1, 1]
+    assert gradients.has_grad == [True] * 4
 
 
 def test_a_head_that_joins_later_is_found() -> None:
     model, _, gradients = build("found")
     heads = [p for hs in model.head_parameters() for p in hs]
     gradients.per_task([model.losses(batch(1))[0], model.trunk[0].weight.sum()])
-    assert gradients.owners == [0, 0, None, None]
+    assert gradients.ownership.owners == [0, 0, None, None]
     gradients.clear()
     gradients.per_task(model.losses(batch(1)))
-    assert gradients.owners == [0, 0, 1, 1]
+    assert gradients.ownership.owners == [0, 0, 1, 1]
     torch.testing.assert_close(
         head_grad(gradients, model, heads[2]), expected(model, batch(1), 1)[1][0]
     )
@@ -246,17 +248,17 @@ def check_joint_heads(model: Net, gradients: TaskGradients, x: Tensor) -> None:
 @pytest.mark.parametrize("fill", FILLS)
 def test_gradients_that_are_not_finite_tell_nothing_about_owners(fill: str, owners: str) -> None:
     model, _, gradients = build(owners)
-    before = list(gradients.owners)
+    before = list(gradients.ownership.owners)
     FILLS[fill](gradients, joint_losses(model, batch(1), bad=0))  # 0 * NaN on every head
-    assert gradients.owners == before
-    assert gradients.inspected == [UNKNOWN, UNKNOWN]
-    assert gradients.filled == ([True] * 2 if owners == "given" else [True, True, False, False])
+    assert gradients.ownership.owners == before
+    assert gradients.ownership.inspected == [UNKNOWN, UNKNOWN]
+    assert gradients.has_grad == ([True] * 2 if owners == "given" else [True, True, False, False])
     assert not gradients.head_rows[0].isfinite().all()
     assert not gradients.rows[0][0].isfinite().all()
     gradients.clear()
     FILLS[fill](gradients, joint_losses(model, batch(2)))
-    assert gradients.owners == ([0, 1] if owners == "given" else [0, 0, 1, 1])
-    assert gradients.inspected == [USED, USED]
+    assert gradients.ownership.owners == ([0, 1] if owners == "given" else [0, 0, 1, 1])
+    assert gradients.ownership.inspected == [USED, USED]
     check_joint_heads(model, gradients, batch(2))
 
 
@@ -267,10 +269,10 @@ def test_a_head_is_not_given_to_a_stranger_while_its_own_task_is_absent(
 ) -> None:
     model, _, gradients = build("found")
     FILLS[fill](gradients, [joint_losses(model, batch(1), bad=bad)[0], None])
-    assert gradients.owners == ([0, 0] if bad is None else [None, None]) + [None, None]
+    assert gradients.ownership.owners == ([0, 0] if bad is None else [None, None]) + [None, None]
     gradients.clear()
     FILLS[fill](gradients, joint_losses(model, batch(2)))
-    assert gradients.owners == [0, 0, 1, 1]
+    assert gradients.ownership.owners == [0, 0, 1, 1]
     check_joint_heads(model, gradients, batch(2))
 
 
@@ -328,13 +330,18 @@ def test_a_run_resumes_exactly_while_it_is_unknown_whose_a_head_is(capturable: b
     optimizer, resumed = build(model), build(rest)
     for t in range(2):
         step(model, optimizer, t)
-    assert optimizer.gradients.owners == [0, 0, None, None]
+    assert optimizer.gradients.ownership.owners == [0, 0, None, None]
     rest.load_state_dict(model.state_dict())
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for t in range(2, 6):
         step(model, optimizer, t)
         step(rest, resumed, t)
-        assert resumed.gradients.owners == [0, 0, 1, 1]  # in no step a head is left behind
+        assert resumed.gradients.ownership.owners == [
+            0,
+            0,
+            1,
+            1,
+        ]
     for p, q in zip(model.parameters(), rest.parameters(), strict=True):
         assert torch.equal(p, q)
     assert optimizer.stats == resumed.stats
@@ -344,7 +351,7 @@ def test_a_run_resumes_exactly_while_it_is_unknown_whose_a_head_is(capturable: b
 def a_capture() -> Iterator[None]:
     """As if a CUDA graph were being captured."""
     with pytest.MonkeyPatch.context() as patch, NothingGoesToTheHost():
-        patch.setattr(task_gradients, "capturing", lambda device: True)
+        patch.setattr(heads_module, "capturing", lambda device: True)
         yield
 
 
@@ -368,8 +375,8 @@ def test_a_head_that_is_never_reached_costs_and_reads_nothing(owner: int | None)
                 gradients.per_task(model.losses(batch(t)))
             counts.append(gradients.backwards - before)
     assert counts == [2, 1, 2, 1, 2, 1]
-    assert gradients.owners == [0, owner]
-    assert gradients.inspected == [USED, UNUSED]
+    assert gradients.ownership.owners == [0, owner]
+    assert gradients.ownership.inspected == [USED, UNUSED]
 
 
 def test_a_head_out_of_use_is_looked_at_once() -> None:
@@ -381,9 +388,9 @@ def test_a_head_out_of_use_is_looked_at_once() -> None:
             losses[1] = model.trunk(batch(1)).sum()
         gradients.clear()
         gradients.per_task(losses)
-        known.append(gradients.inspected[1])
+        known.append(gradients.ownership.inspected[1])
     assert known == [USED, USED, UNKNOWN, UNUSED, UNUSED, USED, UNKNOWN]
-    assert gradients.inspected[0] == USED
+    assert gradients.ownership.inspected[0] == USED
 
 
 def test_what_is_not_known_under_a_capture_is_named() -> None:
@@ -420,7 +427,7 @@ def test_owners_are_found_by_reading_once(owners: str) -> None:
     with Reads() as reads:
         gradients.per_task(losses)
     assert reads.count == 1
-    assert all(known == USED for known in gradients.inspected)
+    assert all(known == USED for known in gradients.ownership.inspected)
 
 
 def test_heads_of_no_elements_and_of_several_dtypes() -> None:
@@ -431,7 +438,7 @@ def test_heads_of_no_elements_and_of_several_dtypes() -> None:
     tiny = torch.finfo(torch.float64).tiny
     loss = trunk.sum() + empty.sum() + narrow.sum()
     gradients.per_task([loss, trunk.sum() + (wide * tiny).sum()])
-    assert gradients.owners == [None, 0, 1]
+    assert gradients.ownership.owners == [None, 0, 1]
     assert gradients.head_views[2][0].tolist() == [tiny, tiny]
 
 

@@ -104,12 +104,6 @@ bool read(PyObject* sequence, const char* name, std::size_t expected, const Body
   return true;
 }
 
-bool read_weights(PyObject* sequence, Plan& plan, int rows) {
-  plan.weights.resize(rows);
-  return read(sequence, "weights", rows,
-              [&](std::size_t k, PyObject* item) { plan.weights[k] = PyFloat_AsDouble(item); });
-}
-
 bool read_rows(PyObject* sequence, Plan& plan, int rows) {
   if (!plan.takes(rows)) {
     PyErr_Format(PyExc_ValueError,
@@ -136,13 +130,19 @@ PyObject* plan_look(PyObject* self, PyObject* const* values, Py_ssize_t count) {
   return done(plan.work(), body) ? PyBool_FromLong(!finite) : nullptr;
 }
 
+bool read_weights(PyObject* sequence, Plan& plan) {
+  plan.weights.resize(plan.rows());
+  return read(sequence, "weights", plan.weights.size(),
+              [&](std::size_t k, PyObject* item) { plan.weights[k] = PyFloat_AsDouble(item); });
+}
+
 PyObject* plan_move(PyObject* self, PyObject* const* values, Py_ssize_t count) {
   Plan& plan = *reinterpret_cast<PyPlan*>(self)->plan;
   Arguments from(values, count);
   PyObject* weights = from.next();
   const bool searches = from.integer() != 0;
   const int threads = from.small();
-  if (!from.complete() || !read_weights(weights, plan, plan.rows())) return nullptr;
+  if (!from.complete() || !read_weights(weights, plan)) return nullptr;
   if (!plan.ready()) {
     PyErr_SetString(PyExc_RuntimeError, "move() needs a look() before it that found nothing");
     return nullptr;
@@ -150,29 +150,9 @@ PyObject* plan_move(PyObject* self, PyObject* const* values, Py_ssize_t count) {
   return answer(plan.work(), [&] { plan.move(searches, threads); });
 }
 
-PyObject* plan_step(PyObject* self, PyObject* const* values, Py_ssize_t count) {
-  Plan& plan = *reinterpret_cast<PyPlan*>(self)->plan;
-  Arguments from(values, count);
-  const int rows = from.small();
-  PyObject* active = from.next();
-  PyObject* weights = from.next();
-  const bool searches = from.integer() != 0;
-  const int threads = from.small();
-  if (!from.complete() || !read_rows(active, plan, rows) || !read_weights(weights, plan, rows)) {
-    return nullptr;
-  }
-  bool finite = false;
-  const auto body = [&] {
-    finite = plan.look(rows, false, threads);
-    if (finite) plan.move(searches, threads);
-  };
-  return done(plan.work(), body) ? PyBool_FromLong(!finite) : nullptr;
-}
-
 PyMethodDef plan_methods[] = {
     method<plan_look>("look"),
     method<plan_move>("move"),
-    method<plan_step>("step"),
     {nullptr, nullptr, 0, nullptr},
 };
 

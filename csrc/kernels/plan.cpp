@@ -67,7 +67,6 @@ void Plan::look_at(const Run& run, int rows, bool searches, double* gram, int th
 bool Plan::look(int rows, bool searches, int threads) {
   rows_ = rows;
   step_constants(table_.rows, table_.hyper, table_.counts, active.data(), table_.numbers, &found_);
-  if (searches) std::fill(gram_, gram_ + rows * rows, 0.0);  // where there is no shared run
   for (std::size_t k = 0; rows > 0 && k < shared_.size(); ++k) {
     look_at(shared_[k], rows, searches, gram_of(k), threads);
     if (searches || clipped_) add_up(k);
@@ -100,7 +99,6 @@ void Plan::move_one(const Run& run, int rows, const double* weights, double* gra
 void Plan::move(bool searches, int threads) {
   // With Clippy `look` has made the Gram of this step already.
   const bool gathers = searches && !clipped_;
-  if (gathers) std::fill(gram_, gram_ + rows_ * rows_, 0.0);
   for (std::size_t k = 0; rows_ > 0 && k < shared_.size(); ++k) {
     move_one(shared_[k], rows_, weights.data(), gathers ? gram_of(k) : nullptr, threads);
     if (gathers) add_up(k);

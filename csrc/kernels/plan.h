@@ -49,7 +49,7 @@ class Plan {
   bool ready() const { return ready_; }
 
   // Begins the step with `rows` rows of the shared runs; whether it is finite. With `searches`, or
-  // Clippy, gram (rows, rows) is written whole: the sum of the shared runs'.
+  // Clippy, gram (rows, rows) is written whole: the sum of the shared runs', if there are any.
   bool look(int rows, bool searches, int threads);
   // Moves parameters and moments and counts the step. With `searches`, gram is written on the way.
   void move(bool searches, int threads);

@@ -24,7 +24,7 @@ from ..checks import check_choice
 from ..engine.balancer import Balancer, Batch, Info
 from ..engine.device import capturing
 from ..engine.gradient_level import GradientLevel
-from ..engine.gradients import graph_leaves
+from ..engine.graph import graph_leaves
 from ..engine.search import Decision, Search, only
 from ..engine.survey import Head, heads_of, survey, trainable
 from ..errors import NonFiniteError, SolverError, warn
@@ -213,7 +213,7 @@ class GradientBalancer(Balancer):
         gradients = level.gradients
         if self._pending is None:
             gradients.clear()
-            tasks = [i for i in batch.tasks if gradients.reaches[i]]
+            tasks = [i for i in batch.tasks if gradients.ownership.reaches[i]]
             self._pending = "per_task" if self._search.is_due(tasks) else "weighted"
         if self._pending == "refused":
             return self._end_refused(batch)
@@ -276,11 +276,11 @@ class GradientBalancer(Balancer):
             SolverError: there are no weights, with `on_failure="raise"`; likewise.
         """
         gradients = level.gradients
-        if not any(gradients.reached):
+        if not any(gradients.ever_reached):
             raise RuntimeError(
                 f"no loss reaches {self._shared_name}: they are not what the model computes with"
             )
-        active = [i for i, on in enumerate(gradients.touched) if on]
+        active = [i for i, on in enumerate(gradients.reached_shared) if on]
         if (
             self._search.device is None
             and batch.seed is not None
@@ -503,6 +503,8 @@ class GradientBalancer(Balancer):
             survey(batch.present, inputs, listed, trunk=trunk)
             new = GradientLevel(inputs, heads, len(self._search.last), at_features=at_features)
             self._take_over(old, new)
+            if self._search.device is None:
+                new.decide_on_host()
             if old is not None and old.same_heads(heads):
                 new.take_known_heads(old.known_heads())
             elif old is None and batch.heads is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import check_number
 from ..engine.balancer import Batch
-from ..engine.gradients import graph_root
+from ..engine.graph import graph_root
 from ..engine.per_task import TaskAdam, like, put, take
 from .loss_balancer import LossBalancer
 

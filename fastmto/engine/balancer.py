@@ -12,7 +12,9 @@ values, one backward) and `GradientBalancer` (gradient_balancer.py: from per-tas
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +27,15 @@ from torch.nn import Parameter
 from ..checks import check_choice, check_scaler
 from ..errors import NonFiniteError, warn
 from .device import tell_compiler, uncompiled
-from .gradients import Losses, as_list, first_nonfinite, graph_leaves
+from .graph import graph_leaves
+from .losses import Losses, as_list
 from .per_task import take
 
 #: What `Balancer.stats` counts.
 STATS = ("steps", "searches", "backwards", "held", "skipped", "absent", "untouched")
+
+#: Dtypes that losses are weighed in; narrower ones become float32.
+WIDE = (torch.float32, torch.float64)
 
 Parameters = Iterable[Tensor]
 #: Task-specific parameters: all of them in one iterable, or one iterable a task, in order or named.
@@ -67,22 +73,25 @@ class Batch:
 
     def __post_init__(self) -> None:
         self.tasks = [i for i, value in enumerate(self.values) if value is not None]
+        #: The n present losses' values, if the host has read them.
+        self.read: list[float] = []
 
     @property
     def keeps_graph(self) -> bool:
         """Whether the graph is needed after the tasks' backward passes."""
         return self.retain_graph or self.unbalanced is not None
 
-    @property
+    @functools.cached_property
     def present(self) -> list[Tensor]:
         """The n losses that are there."""
         return [value for value in self.values if value is not None]
 
-    @property
+    @functools.cached_property
     def losses(self) -> Tensor:
         """Their values (n,), detached, of at least float32."""
-        stacked = torch.stack([value.detach().reshape(()) for value in self.present])
-        return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+        with torch.no_grad():
+            stacked = torch.stack([x if x.dim() == 0 else x.reshape(()) for x in self.present])
+        return stacked if stacked.dtype in WIDE else stacked.float()
 
 
 class Info(Mapping[str, Any]):
@@ -334,10 +343,10 @@ class Balancer(ABC):
         if scaler is not None:
             batch.seed = scaler.scale(torch.ones((), device=batch.present[0].device))
         if self._looks_at(batch):
-            bad = first_nonfinite(values)
-            if bad is not None:
-                label = f"losses[{names[bad]!r}]" if names else f"losses[{bad}]"
-                return self._refuse(batch, f"{label} is not finite")
+            for i, loss in zip(batch.tasks, batch.present, strict=True):
+                batch.read.append(loss.item())
+                if not math.isfinite(batch.read[-1]):
+                    return self._refuse(batch, f"{self._label(i)} is not finite")
         searches = not self._found or self._steps % self.update_weights_every == 0
         loss, info = self._backward(batch, searches)
         if info.skipped is None and not accumulate:
@@ -383,8 +392,14 @@ class Balancer(ABC):
         return graph_leaves(batch.present, ())
 
     def _weighted_sum(self, batch: Batch) -> Tensor:
+        weights = self._current(batch)
+        if len(batch.read) == len(batch.tasks) and weights.device.type == "cpu":
+            total = sum(map(operator.mul, weights.tolist(), batch.read))
+            dtype = batch.present[0].dtype
+            dtype = dtype if dtype in WIDE else torch.float32
+            return torch.tensor(total, dtype=dtype, device=batch.present[0].device)
         losses = batch.losses
-        weights = self._current(batch).to(losses.device, losses.dtype, non_blocking=True)
+        weights = weights.to(losses.device, losses.dtype, non_blocking=True)
         return (weights * losses).sum()  # a product that autocast leaves alone
 
     def _current(self, batch: Batch) -> Tensor:

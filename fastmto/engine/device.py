@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
@@ -45,10 +46,28 @@ def tell_compiler() -> None:
     they are built. Not later: then it could happen within what is compiled, and torch's optimizers
     have wrapped their `step` by then.
     """
-    disable: Any = torch.compiler.disable
     while _uncompiled:
         owner, name, method = _uncompiled.pop()
-        setattr(owner, name, disable(method, reason="it keeps books in Python"))
+        setattr(owner, name, _boundary(method))
+
+
+def _boundary(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that is called as it is, unless the compiler is at work around the call."""
+    disable: Any = torch.compiler.disable
+    reason = "it keeps books in Python"
+    apart = disable(method, reason=reason)
+    # None outside of what is compiled: then nothing has to be switched off, which costs as much as
+    # a small model's layer.
+    at_work: Any = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if at_work() is None:
+            return method(*args, **kwargs)
+        return apart(*args, **kwargs)
+
+    boundary: Callable[..., Any] = disable(call, recursive=False, reason=reason)
+    return boundary
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[object]:

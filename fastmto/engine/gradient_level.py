@@ -40,6 +40,7 @@ class GradientLevel:
         self._order = [k for d in dtypes for k, x in enumerate(inputs) if x.dtype == d]
         self._specs = _specs([*inputs, *(p for _, p in heads)])
         self._inputs = list(inputs)
+        self._pointers: list[int] = []  # of all tensors, when they were last looked at
         self.layouts = [FlatLayout([_template(x) for x in inputs if x.dtype == d]) for d in dtypes]
         self.gradients = TaskGradients(
             self.layouts,
@@ -53,7 +54,11 @@ class GradientLevel:
         self.device = self.layouts[0].device
         self.numel = sum(layout.numel for layout in self.layouts)
         self.dtypes = {*dtypes, *(p.dtype for _, p in heads)}
+        #: The passes: torch operators, or on a CPU where the host decides the functions behind
+        #: them, which cost a call less.
+        self.ops: Any = ops
         ops.backend(self.device)  # raises where there is none
+        self._found = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._joint_views = [own_storage(view) for view in self.gradients.views(self.joint)]
         self._head_views = [[own_storage(x) for x in v] for v in self.gradients.head_views]
         self._grams = torch.zeros(
@@ -66,13 +71,17 @@ class GradientLevel:
 
         At the features other tensors will do, if they are laid out alike.
         """
-        return (
-            len(inputs) == len(self._inputs)
-            and len(heads) == len(self.heads)
-            and (self.at_features or all(x is y for x, y in zip(inputs, self._inputs, strict=True)))
-            and self.same_heads(heads)
-            and _specs([*inputs, *(p for _, p in heads)]) == self._specs
-        )
+        if len(inputs) != len(self._inputs) or not self.same_heads(heads):
+            return False
+        same = all(x is y for x, y in zip(inputs, self._inputs, strict=True))
+        if not same and not self.at_features:
+            return False
+        tensors = [*inputs, *(p for _, p in heads)]
+        pointers = [x.data_ptr() for x in tensors]
+        if same and pointers == self._pointers:
+            return True
+        self._pointers = pointers
+        return _specs(tensors) == self._specs
 
     def same_heads(self, heads: Sequence[Head]) -> bool:
         """Whether these are the heads, in the same order."""
@@ -94,7 +103,7 @@ class GradientLevel:
     def gram(self) -> Tensor:
         """Inner products (T, T) of the tasks' gradients, float64 on the device, new memory."""
         for rows, out in zip(self.task_rows, self._grams, strict=True):
-            ops.gram(rows, out)
+            self.ops.gram(rows, out)
         gram = self._grams.sum(dim=0) if len(self._grams) > 1 else self._grams[0].clone()
         return gram if self.seed is None else gram / self.seed.double().square()
 
@@ -108,19 +117,22 @@ class GradientLevel:
         weights = weights.to(self.device)
         for task_rows, out in zip(rows, self.joint_rows, strict=True):
             if task_rows.dtype == out.dtype:
-                ops.combine(task_rows, weights, out)
+                self.ops.combine(task_rows, weights, out)
             else:  # 16-bit parameters beside rows of state
                 wide = torch.empty_like(out, dtype=task_rows.dtype)
-                ops.combine(task_rows, weights, wide)
+                self.ops.combine(task_rows, weights, wide)
                 out.copy_(wide)
 
     def finite(self, row: int) -> bool:
-        """Whether a row of gradients is finite; waits for the device."""
-        return bool(self._finite(rows[row : row + 1] for rows in self.gradients.rows))
+        """Whether a row of gradients is finite; synchronizes with the device."""
+        self._found.zero_()
+        for rows in self.gradients.rows:
+            self.ops.check(rows[row : row + 1], self._found)
+        return not self._found.item()
 
     def finite_heads(self) -> Tensor:
         """Whether the heads' gradients are finite, a boolean on the device."""
-        heads = zip(self.gradients.head_rows, self.gradients.filled, strict=True)
+        heads = zip(self.gradients.head_rows, self.gradients.has_grad, strict=True)
         return self._finite(rows for rows, on in heads if on)
 
     def _finite(self, grads: Iterable[Tensor]) -> Tensor:
@@ -128,9 +140,16 @@ class GradientLevel:
         for rows in grads:
             if rows.device not in found:
                 found[rows.device] = torch.zeros(1, dtype=torch.int32, device=rows.device)
-            ops.check(rows, found[rows.device])
+            self.ops.check(rows, found[rows.device])
+        if list(found) == [self.device]:
+            return found[self.device][0] == 0
         zero = torch.zeros(1, dtype=torch.int32, device=self.device)
         return sum((x.to(self.device) for x in found.values()), zero)[0] == 0
+
+    def decide_on_host(self) -> None:
+        """The passes are not captured and not compiled."""
+        if self.device.type == "cpu":
+            self.ops = ops.backend(self.device)
 
     def task_state(self) -> list[Tensor]:
         """Zeros like the task rows, in the precision that state is kept in."""
@@ -157,7 +176,9 @@ class GradientLevel:
         gradients = self.gradients
         hits = [
             (p, view)
-            for p, view, hit in zip(self._targets, self._joint_views, gradients.hits, strict=True)
+            for p, view, hit in zip(
+                self._targets, self._joint_views, gradients.reached_now, strict=True
+            )
             if hit
         ]
         if not self.at_features:
@@ -169,10 +190,10 @@ class GradientLevel:
                 inputs=self._trunk,
                 retain_graph=retain,
             )
-        filled = [h for h, on in enumerate(gradients.filled) if on]
+        filled = [h for h, on in enumerate(gradients.has_grad) if on]
         if head_weights is not None:
             for h in filled:
-                owner = gradients.owners[h]
+                owner = gradients.ownership.owners[h]
                 if owner is None:  # not finite, so that it is not known whose
                     continue
                 for view in self._head_views[h]:  # what lies between tensors stays 0
@@ -181,20 +202,13 @@ class GradientLevel:
 
     def known_heads(self) -> dict[str, Any]:
         """What is known of the heads' tasks, for a `state_dict`."""
-        gradients = self.gradients
-        return {
-            "shapes": [tuple(p.shape) for _, p in self.heads],
-            "owners": list(gradients.owners),
-            "inspected": list(gradients.inspected),
-            "reaches": list(gradients.reaches),
-        }
+        shapes = [tuple(p.shape) for _, p in self.heads]
+        return {"shapes": shapes, **self.gradients.ownership.state()}
 
     def take_known_heads(self, known: Mapping[str, Any]) -> None:
         """Take over `known_heads` of earlier buffers, if it is of heads like these."""
         if known and known["shapes"] == [tuple(p.shape) for _, p in self.heads]:
-            self.gradients.owners = list(known["owners"])
-            self.gradients.inspected = list(known["inspected"])
-            self.gradients.reaches = list(known["reaches"])
+            self.gradients.ownership.load(known)
 
 
 def _add(grads: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -295,9 +295,10 @@ class Search:
         gram = gram.cpu()
         if not everyone:
             gram = gram[list(active)][:, list(active)]
-        if label is not None and not bool(gram.diagonal().isfinite().all()):
-            bad = int((~gram.diagonal().isfinite()).nonzero()[0])
-            raise NonFiniteError(f"the gradient of {label(active[bad])} is not finite")
+        if label is not None:
+            for i, square in zip(active, gram.diagonal().tolist(), strict=True):
+                if not math.isfinite(square):
+                    raise NonFiniteError(f"the gradient of {label(i)} is not finite")
         try:
             found = self._find(gram, None if everyone else active, weigh)
         except SolverError as error:
@@ -310,12 +311,11 @@ class Search:
 
     def take(self, active: Sequence[int], found: Tensor) -> Decision:
         """Weights (n,) that the host found become the active tasks' weights."""
-        if self.max_weight is not None and bool((found > self.max_weight).any()):
+        found = found.to("cpu", torch.float64)
+        if self.max_weight is not None and max(found.tolist()) > self.max_weight:
             found = found.clamp(max=self.max_weight)
             self.counts["capped"] += 1
-        weights = self.last.clone()
-        weights[list(active)] = found.to("cpu", torch.float64)
-        self._weights = weights
+        weights = self._weights = self._with(active, found)
         self.found = True
         self.searched.update(active)
         self.counts["searches"] += 1
@@ -338,11 +338,20 @@ class Search:
         settled = self._settled(active)
         if settled:
             weights[[i for i in active if i not in settled]] = weights[settled].mean()
+        self._weights = weights
         if gram is not None and self._bounds_held:
             assert self.weighting is not None
-            weights[list(active)] = self.weighting.hold(gram, weights[list(active)])
-        self._weights = weights
+            held = self.weighting.hold(gram, weights[list(active)])
+            weights = self._weights = self._with(active, held)
         return Decision(weights, self.joint(active), status=error.status)
+
+    def _with(self, active: Sequence[int], new: Tensor) -> Tensor:
+        """The last weights (T,) with those of the active tasks replaced; new memory."""
+        if len(active) == len(self.last):
+            return new.clone()
+        weights = self.last.clone()
+        weights[list(active)] = new
+        return weights
 
     @property
     def _bounds_held(self) -> bool:
@@ -376,7 +385,7 @@ class Search:
             )
         if self.scale != "none":
             weights = weights * self._factor(weights, gram)
-        if not bool(weights.isfinite().all()):
+        if not all(map(math.isfinite, weights.tolist())):
             raise SolverError("the weights or their scale are not finite", "not_finite")
         return weights
 
@@ -455,6 +464,8 @@ class Search:
 
 def only(tasks: Sequence[int], weights: Tensor) -> Tensor:
     """`weights` (T,) with 0 for all but some tasks."""
+    if len(tasks) == len(weights):
+        return weights
     kept = torch.zeros_like(weights)
     kept[list(tasks)] = weights[list(tasks)]
     return kept

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from ..errors import warn
 from .balancer import Batch, as_tensors
-from .gradients import graph_nodes, leaves, reaches
+from .graph import graph_nodes, leaves, reaches
 
 #: A task-specific parameter with its task, None where that is to be found.
 Head = tuple[int | None, Tensor]
@@ -49,8 +49,11 @@ def heads_of(
     # A parameter each, so that one which its task did not reach keeps no gradient.
     heads: list[Head] = []
     for i, entry in enumerate(listed):
-        members = as_tensors(f"task_specific_parameters[{i}]", entry) or []
-        heads += [(i, p) for p in members if p.requires_grad]
+        for p in [entry] if isinstance(entry, Tensor) else entry:
+            if not isinstance(p, Tensor):
+                as_tensors(f"task_specific_parameters[{i}]", [p])  # raises
+            if p.requires_grad:
+                heads.append((i, p))
     return heads
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from .. import balancers
 from ..balancers import registry
-from ..engine.gradients import Losses
+from ..engine.losses import Losses
 from ..optim.adatask import AdaTask
 from ..optim.clippy_adam import ClippyAdam
 from ..optim.pub import PUB

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import weightings
 from ..engine.balancer import Balancer, Batch, Info
 from ..engine.device import uncompiled
-from ..engine.gradients import Losses, as_list
+from ..engine.losses import Losses, as_list
 from ..errors import NonFiniteError, SolverError, warn
 from ..weightings import Weighting
 from .functional import FunctionalClosure

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..engine.gradients import Losses
+from ..engine.losses import Losses
 from .functional import FunctionalClosure
 from .perturb import Copies, Vector
 from .replay import RandomState, Replay

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from ..engine.gradients import Losses
+from ..engine.losses import Losses
 
 
 class FunctionalClosure:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..engine.gradients import Losses
+from ..engine.losses import Losses
 from .estimators import directions_gram, narrowest, relative_steps, span_gram
 from .evaluations import Along, Evaluated, Evaluations, Random
 from .joint import Joint

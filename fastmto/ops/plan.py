@@ -1,8 +1,8 @@
 """Plans: the passes of a step on the CPU, checked once and then called without any checks.
 
 Beside a small model a step's fixed cost is what it asks of every tensor at every step. A plan asks
-at construction, keeps the addresses and the tensors that own them, and makes a step of all buffers
-in one call or two. It runs the same kernels as the ops of `fastmto.ops`, and gives their bits.
+at construction, keeps the addresses and the tensors that own them, and goes over all buffers in one
+call. It runs the same kernels as the ops of `fastmto.ops`, and gives their bits.
 
 The ops remain the way on GPUs, under `torch.compile` and while a CUDA graph is captured.
 """
@@ -34,7 +34,6 @@ class Entry:
         state: of the rule, (P,) each, or (T, P).
         segments: (S + 1,), with Clippy.
         sigma: (rows, S), with Clippy.
-        parameters: that show `params`; every step tells autograd that they have changed.
     """
 
     kind: int
@@ -44,28 +43,25 @@ class Entry:
     state: list[Tensor]
     segments: Tensor | None = None
     sigma: Tensor | None = None
-    parameters: Sequence[Tensor] = ()
 
 
 class Plan:
     """The steps of an update-level optimizer on the CPU.
 
-    A step, as the ops have it, over the shared entries and the heads that take part:
+    A step is two calls, over the shared entries and the heads that take part:
 
         look    `step_constants`; then for every entry `check`, or, with Clippy or in a search of
                 weights, `update_gram` and `check` of its Gram
         move    `apply` with the weights, or `apply_and_gram`; a head's weight is 1; `count_step`
 
-    `step` is both in one call, for steps that need no decision in between. Nothing has moved where
-    a step is not finite.
-
         plan = Plan(hyper, counts, tally, shared, heads, clippy=None)
-        if plan.step(1, active, [1.0]):           # the joint gradient is in the first row
-            ...                                   # skipped
         if not plan.look(n_tasks, active, searches=True):
-            plan.move(solve(plan.gram(n_tasks)))  # weights by the Gram of the updates
+            plan.move(solve(plan.gram(n_tasks)))  # weights by the Gram matrix of the updates
+        if not plan.look(1, active, searches=False):
+            plan.move([1.0])  # the joint gradient is in the first row
 
-    Not for several threads at once. A parameter whose storage is replaced needs a new plan.
+    The caller tells autograd that parameters have changed. Not for several threads at once. A
+    parameter whose storage is replaced needs a new plan.
 
     Args:
         hyper: (R, 7) float64, rows of `fastmto.optim.rules.Hyper`; read at every step.
@@ -101,10 +97,6 @@ class Plan:
         most = max((len(entry.grads) for entry in shared), default=1)
         room = torch.zeros(most * most, dtype=torch.float64)
         self._grams = [room[: n * n].view(n, n) for n in range(most + 1)]
-        self._parameters = tuple(p for entry in (*shared, *heads) for p in entry.parameters)
-        self._shared = sum(len(entry.parameters) for entry in shared)
-        self._heads = [(entry.row, tuple(entry.parameters)) for entry in heads]
-        self._moved: Sequence[Tensor] = ()
         # The addresses below are of these.
         self._tensors = hyper, counts, tally, numbers, room, tuple(shared), tuple(heads)
         self._plan = _kernels.Plan(
@@ -134,7 +126,6 @@ class Plan:
         Returns:
             Whether something was found that is not finite. Then there is nothing to `move`.
         """
-        self._moved = self._parameters_of(rows, active)
         return self._plan.look(rows, active, searches, torch.get_num_threads())
 
     def move(self, weights: Sequence[float], *, searches: bool = False) -> None:
@@ -149,46 +140,11 @@ class Plan:
             RuntimeError: no `look`, or one that found something.
         """
         self._plan.move(weights, searches, torch.get_num_threads())
-        torch.autograd.graph.increment_version(self._moved)
-
-    def step(
-        self,
-        rows: int,
-        active: Sequence[bool],
-        weights: Sequence[float],
-        *,
-        searches: bool = False,
-    ) -> bool:
-        """`look`, then `move` where nothing was found.
-
-        Args:
-            rows: as in `look`.
-            active: as in `look`.
-            weights: as in `move`.
-            searches: as in `move`: the Gram matrix comes with the step, too late for its weights.
-
-        Returns:
-            As `look`.
-        """
-        found = self._plan.step(rows, active, weights, searches, torch.get_num_threads())
-        if not found:
-            torch.autograd.graph.increment_version(self._parameters_of(rows, active))
-        return found
 
     def gram(self, rows: int) -> Tensor:
         """Where the last call with `searches` put the Gram matrix (rows, rows) of the updates,
         summed over the shared entries: float64, overwritten by the next step."""
         return self._grams[rows]
-
-    def _parameters_of(self, rows: int, active: Sequence[bool]) -> Sequence[Tensor]:
-        """What a step moves."""
-        if rows and all(active):
-            return self._parameters
-        moved = list(self._parameters[: self._shared] if rows else ())
-        for row, parameters in self._heads:
-            if active[row]:
-                moved += parameters
-        return moved
 
 
 def _addresses(
@@ -220,26 +176,22 @@ class GradientPlan:
     """The passes of a gradient-level balancer on the CPU.
 
     Args:
-        rows: of every layout (T + 1, P): the tasks' gradients, and in the last row their sum.
-        heads: gradients of the heads, (1, P) each.
+        rows: of every layout (T + 1, P): the tasks' gradients, and a last row for their sum.
 
     Raises:
         ValueError: a tensor of the wrong dtype, shape, layout or device.
     """
 
-    def __init__(self, rows: Sequence[Tensor], heads: Sequence[Tensor] = ()) -> None:
+    def __init__(self, rows: Sequence[Tensor]) -> None:
         self._n_tasks = len(rows[0]) - 1
         if any(len(each) != self._n_tasks + 1 for each in rows):
             raise ValueError(
                 f"rows must be as many in every layout, got {[len(each) for each in rows]}"
             )
-        self._tensors = tuple(rows), tuple(heads)
+        self._tensors = tuple(rows)
         self._tasks = [_matrix(each[:-1]) for each in rows]
         self._joint = [each[-1].data_ptr() for each in rows]
         self._rows = [[_matrix(row[None]) for row in each] for each in rows]
-        self._heads = [_matrix(each) for each in heads]
-        self._weights = torch.zeros(self._n_tasks, dtype=torch.float64)
-        self._weights_array = self._weights.numpy()
 
     def gram(self) -> Tensor:
         """Inner products (T, T) of the tasks' gradients, summed over the layouts: float64, new
@@ -252,14 +204,14 @@ class GradientPlan:
         assert total is not None
         return total
 
-    def combine(self, weights: Sequence[float] | Tensor) -> None:
+    def combine(self, weights: Tensor) -> None:
         """Last row <- sum_i weights_i g_i. The op `combine`.
 
         Args:
-            weights: (T,).
+            weights: (T,) float64, contiguous, on the CPU.
         """
-        self._weights_array[:] = weights
-        threads, address = torch.get_num_threads(), self._weights.data_ptr()
+        checks.check_vector("weights", weights, torch.float64, self._n_tasks)
+        threads, address = torch.get_num_threads(), weights.data_ptr()
         for tasks, out in zip(self._tasks, self._joint, strict=True):
             _kernels.combine(*tasks, address, out, threads, 0)
 
@@ -267,15 +219,6 @@ class GradientPlan:
         """Whether a row of all layouts is finite, T for the last. The op `check`."""
         threads = torch.get_num_threads()
         return all(_kernels.all_finite(*rows[row], threads, 0) for rows in self._rows)
-
-    def finite_heads(self, filled: Sequence[bool]) -> bool:
-        """Whether the gradients of the heads that have one are finite."""
-        threads = torch.get_num_threads()
-        return all(
-            _kernels.all_finite(*head, threads, 0)
-            for head, on in zip(self._heads, filled, strict=True)
-            if on
-        )
 
 
 def _matrix(grads: Tensor) -> tuple[int, int, int, int, int]:

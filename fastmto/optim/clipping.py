@@ -88,5 +88,5 @@ def _head_squares(passes: Passes) -> list[Tensor]:
 def _owners(level: UpdateLevel, passes: Passes) -> list[int | None]:
     """The task of every head run."""
     assert level.gradients is not None
-    owners = {id(s): o for s, o in zip(level.heads, level.gradients.owners, strict=True)}
+    owners = {id(s): o for s, o in zip(level.heads, level.gradients.ownership.owners, strict=True)}
     return [owners[id(run.store)] for run in passes.heads]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.gradients import Losses
+from ..engine.losses import Losses
 from .update_balancer import UpdateBalancer
 
 

@@ -14,7 +14,7 @@ class GroupRules:
 
     def __init__(self, rule: Rule) -> None:
         self._type = type(rule)
-        self._names = [field.name for field in dataclasses.fields(rule)]
+        self.names = [field.name for field in dataclasses.fields(rule)]
         self._known: dict[tuple[Any, ...], Rule] = {}
 
     def __call__(self, group: Mapping[str, Any]) -> Rule:
@@ -23,7 +23,7 @@ class GroupRules:
         Raises:
             ValueError: a hyperparameter is out of its range.
         """
-        values = tuple(tuple(v) if isinstance(v := group[n], list) else v for n in self._names)
+        values = tuple(tuple(v) if isinstance(v := group[n], list) else v for n in self.names)
         rule = self._known.get(values)
         if rule is None:
             if len(self._known) > 64:  # a schedule makes a new one every step

@@ -30,10 +30,16 @@ class Pending:
     """
 
     def __init__(self) -> None:
-        self._shown: list[tuple[Tensor, Tensor | None]] = []
+        self._shown: list[Tensor | None] = []
         self._versions: list[int] = []
-        self._n_shared = 0
         self.clear()
+
+    def forget_shown(self, level: UpdateLevel) -> None:
+        """Take what is shown out of `.grad`: buffers are about to be laid out anew."""
+        for p, grad in zip(level.parameters, self._shown, strict=False):
+            if p.grad is grad:
+                p.grad = None
+        self._shown, self._versions = [], []
 
     def clear(self) -> None:
         """Forget the gradients; what is shown stays."""
@@ -49,23 +55,21 @@ class Pending:
         """Put the gradients into `.grad`."""
         gradients = level.gradients
         assert gradients is not None
-        self._shown = list(zip(gradients.shared, level.shown, strict=True))
-        self._n_shared = len(self._shown)
-        for store, views, filled in zip(
-            level.heads, level.head_shown, gradients.filled, strict=True
-        ):
-            members = store.flat.parameters
-            self._shown += zip(members, views if filled else [None] * len(members), strict=True)
-        for p, grad in self._shown:
-            if not p.requires_grad:
-                grad = None
+        shown: list[Tensor | None] = [*level.shown]
+        for views, has_grad in zip(level.head_shown, gradients.has_grad, strict=True):
+            shown += views if has_grad else [None] * len(views)
+        if level.has_frozen:
+            trainable = [p.requires_grad for p in level.parameters]
+            shown = [x if on else None for x, on in zip(shown, trainable, strict=True)]
+        for p, grad in zip(level.parameters, shown, strict=True):
             if p.grad is not grad:
                 p.grad = grad
+        self._shown = shown
         self.remember()
 
     def remember(self) -> None:
         """Later changes are told from what is there now."""
-        self._versions = [0 if p.grad is None else p.grad._version for p, _ in self._shown]
+        self._versions = [0 if grad is None else grad._version for grad in self._shown]
 
     def check_untouched(self, level: UpdateLevel) -> None:
         """Before `backward`: no `.grad` that would be lost.
@@ -73,38 +77,38 @@ class Pending:
         Raises:
             RuntimeError: a parameter has a gradient from elsewhere.
         """
-        known = {id(p): k for k, (p, _) in enumerate(self._shown)}
-        for store in level.stores:
-            for p in store.flat.parameters:
-                if p.grad is None and self.kind is None:
-                    continue
-                k = known.get(id(p))
-                if k is not None and self._is_as_shown(k):
-                    continue
-                if k is None and p.grad is None:
-                    continue
+        shown: Sequence[Tensor | None] = self._shown or [None] * len(level.parameters)
+        versions: Sequence[int] = self._versions or [0] * len(shown)
+        pending = self.kind is not None
+        for p, grad, version in zip(level.parameters, shown, versions, strict=True):
+            now = p.grad
+            if now is None:
+                lost = pending and grad is not None
+            else:
+                lost = now is not grad or now._version != version
+            if lost:
                 raise RuntimeError(
                     f"a parameter of shape {tuple(p.shape)} has a .grad from another backward or "
                     "changed since, which would be lost: give that loss to backward(losses, "
                     "unbalanced=loss), or call zero_grad() of this optimizer before"
                 )
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, level: UpdateLevel) -> None:
         """Before the step: what `backward` left in `.grad` is still that. A GradScaler's `unscale_`
-        does not count: it writes behind autograd's back.
+        does not count: it writes behind autograd's back. A head's `.grad` is what is applied, so
+        it may be written to.
 
         Raises:
             RuntimeError: naming the arguments that do what was probably meant.
         """
         if self.kind == "refused":
             return
-        for k, (p, grad) in enumerate(self._shown):
-            if k >= self._n_shared:
-                # A head's `.grad` is what is applied: a change of it takes effect.
-                changed = p.grad is not grad and (p.requires_grad or p.grad is not None)
-            else:
-                changed = not self._is_as_shown(k)
-            if changed:
+        n_shared = len(level.shown)
+        for k, (p, grad) in enumerate(zip(level.parameters, self._shown, strict=True)):
+            now = p.grad
+            if now is not grad or (
+                now is not None and k < n_shared and now._version != self._versions[k]
+            ):
                 raise RuntimeError(
                     f"the .grad of a parameter of shape {tuple(p.shape)} was changed between "
                     "backward and step, which cannot take effect: updates are made from all "
@@ -112,13 +116,6 @@ class Pending:
                     "add losses by backward(losses, unbalanced=loss), and forget gradients by "
                     "zero_grad() of this optimizer"
                 )
-
-    def _is_as_shown(self, k: int) -> bool:
-        p, grad = self._shown[k]
-        now = p.grad
-        if now is None or grad is None:
-            return now is None and (grad is None or not p.requires_grad)
-        return now is grad and now._version == self._versions[k]
 
     def unscale(self, optimizer: UpdateBalancer) -> Tensor | None:
         """Divide a GradScaler's scale out of the gradients, which tells it what is not finite.
@@ -145,7 +142,7 @@ class Pending:
             )
         # Without a scale the caller has called `scaler.unscale_(optimizer)`, which saw `.grad`.
         unscaled = scaler is not None and optimizer.grad_scale is None  # type: ignore[attr-defined]
-        self.check_unchanged()
+        self.check_unchanged(optimizer._level)
         if scaler is None:
             return None
         # The scaler knows it by its identity until the next step.
@@ -160,9 +157,9 @@ class Pending:
         assert gradients is not None
         if self.kind == "refused":
             return [torch.full((1,), math.inf, device=level.device)]  # like the loss
-        rows = 1 if self.kind == "weighted" else len(gradients.touched) + self.extra
+        rows = 1 if self.kind == "weighted" else len(gradients.reached_shared) + self.extra
         if not unscaled:
-            filled = zip(gradients.head_rows, gradients.filled, strict=True)
+            filled = zip(gradients.head_rows, gradients.has_grad, strict=True)
             heads = [head[0] for head, on in filled if on]
             return [*(row for each in gradients.rows for row in each[:rows]), *heads]
         # Of frozen and unreached parameters `.grad` shows nothing, and their rows are 0.

@@ -36,10 +36,10 @@ def save(optimizer: UpdateBalancer) -> dict[str, Any]:
         "stats": optimizer.stats,
         "weighting": None if weighting is None else weighting.state_dict(),
         "counts": level.clock.counts.tolist() if known else None,
-        "owners": list(gradients.owners) if gradients is not None else None,
-        "inspected": list(gradients.inspected) if gradients is not None else None,
-        "reaches": list(gradients.reaches) if gradients is not None else None,
-        "reached": list(gradients.reached) if gradients is not None else None,
+        "owners": list(gradients.ownership.owners) if gradients is not None else None,
+        "inspected": list(gradients.ownership.inspected) if gradients is not None else None,
+        "reaches": list(gradients.ownership.reaches) if gradients is not None else None,
+        "reached": list(gradients.ever_reached) if gradients is not None else None,
     }
 
 
@@ -85,10 +85,10 @@ def load(optimizer: UpdateBalancer, state_dict: dict[str, Any]) -> None:
         return
     gradients = level.gradients or optimizer._set_tasks(n_tasks)
     gradients.clear()
-    gradients.owners = list(saved["owners"])
-    gradients.inspected = list(saved["inspected"])
-    gradients.reaches = list(saved["reaches"])
-    gradients.reached = list(saved["reached"])
+    gradients.ownership.owners = list(saved["owners"])
+    gradients.ownership.inspected = list(saved["inspected"])
+    gradients.ownership.reaches = list(saved["reaches"])
+    gradients.ever_reached = list(saved["reached"])
     optimizer._bind_state()
     for p, moments in entries:
         for name, value in moments.items():

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..checks import check_choice, check_scaler
 from ..engine.device import capturing, tell_compiler, uncompiled
-from ..engine.gradients import Losses, TaskGradients, as_list, first_nonfinite
+from ..engine.gradients import TaskGradients
+from ..engine.losses import Losses, as_list, first_nonfinite
 from ..engine.search import SCALES, Search
 from ..engine.survey import survey
 from ..errors import NonFiniteError, warn
@@ -157,6 +158,8 @@ class UpdateBalancer(torch.optim.Optimizer):
         """Allocate what depends on T: gradients, moments, weights."""
         capturable, solver = self._decider(n_tasks)
         search, level = self._search, self._level
+        if not capturable:
+            level.decide_on_host()
         gradients = level.allocate(n_tasks)
         search.weights = torch.ones(n_tasks, dtype=torch.float64, device="cpu")
         search.place(level.shared_dtypes, numel=level.numel, solver=solver)
@@ -348,17 +351,18 @@ class UpdateBalancer(torch.optim.Optimizer):
                 weights if self.capturable else weights.tolist(),
                 seed=seed,
                 divides=self._divides(pending.scaler),
-                retain=retain_graph,
-                unbalanced=unbalanced,
+                retain=retain_graph or unbalanced is not None,
             )
+            if unbalanced is not None:
+                gradients.extra(unbalanced, row=0, seed=seed, retain=retain_graph)
         self._counted["backwards"] += gradients.backwards - before
-        if not any(gradients.reached):
+        if not any(gradients.ever_reached):
             raise RuntimeError(
                 "no loss reaches the shared parameters: they are not what the model computes with"
             )
         if self._search.steps == 0:
             self._survey(values)
-        if not any(gradients.touched):
+        if not any(gradients.reached_shared):
             warn("no task of this step reaches the shared parameters (stats['untouched'])")
         pending.show(level)
 
@@ -378,8 +382,8 @@ class UpdateBalancer(torch.optim.Optimizer):
         """At the first step: what the graph says of the parameters that were listed."""
         level, gradients = self._level, self._level.gradients
         assert gradients is not None
-        if not all(gradients.reached):
-            missed = [k for k, on in enumerate(gradients.reached) if not on]
+        if not all(gradients.ever_reached):
+            missed = [k for k, on in enumerate(gradients.ever_reached) if not on]
             warn(
                 f"no task of the first step reaches shared_parameters {missed}: unused, frozen, or "
                 "hidden by a checkpoint (which needs use_reentrant=False); their gradient is zero"
@@ -399,6 +403,7 @@ class UpdateBalancer(torch.optim.Optimizer):
                 "the loss a part of the tasks' losses"
             )
         if len(level.gradients.rows[0]) == self.n_tasks:
+            self._pending.forget_shown(level)
             level.allocate(self.n_tasks, spare=1)
             self._bind_state()
 
@@ -438,11 +443,11 @@ class UpdateBalancer(torch.optim.Optimizer):
         if gradients is None:
             return True
         present = (
-            range(len(gradients.reaches))
+            range(len(gradients.ownership.reaches))
             if values is None
             else [i for i, value in enumerate(values) if value is not None]
         )
-        return self._search.is_due([i for i in present if gradients.reaches[i]])
+        return self._search.is_due([i for i in present if gradients.ownership.reaches[i]])
 
     def _has_settled(self) -> bool:
         """Whether the steps to come depend on nothing that is still to be found."""
@@ -507,8 +512,8 @@ class UpdateBalancer(torch.optim.Optimizer):
             return
         gradients = level.gradients
         assert gradients is not None
-        active = [i for i, on in enumerate(gradients.touched) if on]
-        n_tasks = len(gradients.touched)
+        active = [i for i, on in enumerate(gradients.reached_shared) if on]
+        n_tasks = len(gradients.reached_shared)
         searches = bool(active) and kind == "per_task" and self._searches()
         # Before the first weights are found there are none to go by.
         delayed = searches and self._is_delayed()
@@ -516,11 +521,12 @@ class UpdateBalancer(torch.optim.Optimizer):
         passes = level.passes(rows, reached=bool(active) or extra, lr_factor=self._lr_factor())
         weights = level.one if kind == "weighted" else self._joint(active, extra)
         self._clipping.clip(level, passes, weights, n_tasks)
-        level.clock.start()
-        if overflow is not None:
-            level.clock.found.logical_or_(overflow != 0)
-        level.look(passes, searches=searches and not delayed)
-        if not self.capturable and level.clock.found.item():
+        if not level.look(
+            passes,
+            searches=searches and not delayed,
+            overflow=overflow,
+            reads=not self.capturable,
+        ):
             self._refuse("a gradient or an update is not finite, or too large to be squared")
             return
         if searches and not delayed:
@@ -550,9 +556,9 @@ class UpdateBalancer(torch.optim.Optimizer):
         self._search.steps += 1
         if not self.capturable:
             self._counted["steps"] += 1
-        present = gradients.present.count(True)
+        present = gradients.took_part.count(True)
         self._counted["absent"] += n_tasks - present
-        self._counted["untouched"] += present - gradients.touched.count(True)
+        self._counted["untouched"] += present - gradients.reached_shared.count(True)
 
     def _phase(self) -> int:
         """The steps that the search phase goes by, those that CUDA graphs made included."""
@@ -592,6 +598,7 @@ class UpdateBalancer(torch.optim.Optimizer):
             return
         if self._pending.kind is not None:
             raise RuntimeError("call step() or zero_grad() before add_param_group()")
+        self._pending.forget_shown(self._level)
         group, n_tasks, names = more_heads(
             param_group, self.param_groups, self.n_tasks, self._known["names"]
         )

@@ -22,6 +22,7 @@ from .. import ops
 from ..engine.device import Constants, upload
 from ..engine.flat import FlatParameters, own_storage, state_dtype
 from ..engine.gradients import TaskGradients
+from ..ops.plan import Entry, Plan
 from .group_rules import GroupRules, check_state_names
 from .groups import check_lr
 from .rules import Clippy, Hyper, Numbers, Rule
@@ -39,6 +40,8 @@ class Clock:
         numbers: of the step being made, (R, 11) float64, by the op `step_constants`.
         found: (1,) int32; not 0 where the step being made is not finite.
         tally: (2,) int64, steps made and steps skipped.
+        hyper: what numbers are made of, (R, 7) float64.
+        active: which rows take part, (R,) int32.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -46,34 +49,34 @@ class Clock:
         self.numbers = torch.zeros(rows, len(Numbers._fields), dtype=torch.float64, device=device)
         self.found = torch.zeros(1, dtype=torch.int32, device=device)
         self.tally = torch.zeros(2, dtype=torch.int64, device=device)
-        self._hyper = torch.zeros(rows, len(Hyper._fields), dtype=torch.float64, device=device)
+        self.hyper = torch.zeros(rows, len(Hyper._fields), dtype=torch.float64, device=device)
         self._known: Sequence[Hyper] = ()
         self._patterns = Constants(torch.int32)
-        self._active = self.counts.new_zeros(rows, dtype=torch.int32)
+        self.active = self.counts.new_zeros(rows, dtype=torch.int32)
 
-    def set(self, hyper: Sequence[Hyper], active: Sequence[bool] | None) -> None:
-        """Say what the steps from now on are made with; a copy to the device if that is new.
+    def pattern(self, active: Sequence[bool]) -> Tensor:
+        """Which rows take part, (R,) int32 on the device; CUDA graphs keep those that they were
+        captured with."""
+        return self._patterns(active, self.counts.device)
 
-        `active` None: the rows that are. CUDA graphs see new hyperparameters, in the memory that
-        they read; of the rows, each keeps those it was captured with.
-        """
+    def set(self, hyper: Sequence[Hyper]) -> None:
+        """Say what the steps from now on are made with; a copy to the device if that is new. CUDA
+        graphs see it, in the memory that they read."""
         if hyper != self._known:
-            upload(self._hyper, hyper)
+            upload(self.hyper, hyper)
             self._known = hyper
-        if active is not None:
-            self._active = self._patterns(active, self.counts.device)
 
     def set_lr(self, rows: slice, lr: Tensor) -> None:
         """A learning rate that lives on the device."""
-        self._hyper[rows, Hyper._fields.index("lr")] = lr
+        self.hyper[rows, Hyper._fields.index("lr")] = lr
 
     def start(self) -> None:
         """numbers <- those of the coming step."""
-        ops.step_constants(self._hyper, self.counts, self._active, self.numbers, self.found)
+        ops.step_constants(self.hyper, self.counts, self.active, self.numbers, self.found)
 
     def finish(self) -> None:
         """Count the step where it was made."""
-        ops.count_step(self.counts, self._active, self.found, self.tally)
+        ops.count_step(self.counts, self.active, self.found, self.tally)
 
 
 class Store:
@@ -94,7 +97,6 @@ class Store:
         self.clock_rows = 1
         #: The rows of the clock; `UpdateLevel.allocate` sets them.
         self.rows = slice(0, 0)
-        self.frozen: tuple[bool, ...] = ()
         self.runs: list[Run] = []
 
     def allocate(self, rule: Rule, grads: Tensor, clock_rows: int | None) -> None:
@@ -131,10 +133,7 @@ class Store:
 
     def split(self, clock: Clock) -> None:
         """Find the runs of parameters that are not frozen."""
-        frozen = tuple(not p.requires_grad for p in self.flat.parameters)
-        if frozen == self.frozen:
-            return
-        self.frozen = frozen
+        frozen = [not p.requires_grad for p in self.flat.parameters]
         self.runs = []
         for is_frozen, members in itertools.groupby(range(len(frozen)), frozen.__getitem__):
             if not is_frozen:
@@ -194,8 +193,6 @@ class Run:
             skip=self.found,
             **self._factors(rows, clippy),
         )
-        # The kernels write behind autograd's back: an older graph must not be used any more.
-        torch.autograd.graph.increment_version(self.parameters)
 
     def delayed(self, rows: int, clippy: Clippy | None, weights: Tensor) -> None:
         """`apply` and `search` in one pass."""
@@ -208,7 +205,6 @@ class Run:
             skip=self.found,
             **self._factors(rows, clippy),
         )
-        torch.autograd.graph.increment_version(self.parameters)
 
     def _update(self, rows: int) -> tuple[int, Tensor, Tensor, list[Tensor]]:
         """What all passes over updates take first."""
@@ -227,11 +223,24 @@ def _bounds(clippy: Clippy | None) -> tuple[float, float] | None:
 
 @dataclass
 class Passes:
-    """The runs that take part in a step, and how many rows of gradients they have."""
+    """What takes part in a step; settled once for each pattern of tasks and heads.
+
+    Attributes:
+        shared, heads: runs.
+        rows: of gradients of the shared runs.
+        active: which rows of the clock take part, (R,) int32.
+        parameters: of all runs.
+        pattern: `active` as booleans, for the plan.
+        planned_rows: `rows`, or 0 where no task reaches the shared parameters; for the plan.
+    """
 
     shared: list[Run]
     heads: list[Run]
     rows: int
+    active: Tensor
+    parameters: list[Parameter]
+    pattern: list[bool]
+    planned_rows: int
 
 
 class UpdateLevel:
@@ -258,6 +267,9 @@ class UpdateLevel:
         self.adatask = adatask
         self.shared: list[Store] = []
         self.heads: list[Store] = []
+        self.has_frozen = False
+        self._trainable: list[bool] = []
+        self._planned = False
         for number in range(len(groups)):
             self.add(number)
         self.device = self.shared[0].flat.device
@@ -271,11 +283,14 @@ class UpdateLevel:
         task, members = group["task"], group["params"]
         stores = self.shared if task == "shared" else self.heads
         # Parameters of unknown tasks may belong to several: a buffer for each.
-        if task is None:
-            stores += [Store(number, [p], None) for p in members]
-            return
-        for dtype in dict.fromkeys(p.dtype for p in members):
-            stores.append(Store(number, [p for p in members if p.dtype == dtype], task))
+        kinds = [[p] for p in members]
+        if task is not None:
+            dtypes = dict.fromkeys(p.dtype for p in members)
+            kinds = [[p for p in members if p.dtype == dtype] for dtype in dtypes]
+        stores += [Store(number, each, task) for each in kinds]
+        #: All parameters, store by store, and where they were put.
+        self.parameters = [p for store in self.stores for p in store.flat.parameters]
+        self._pointers = [p.data_ptr() for p in self.parameters]
 
     def forget(self) -> None:
         """As freshly built: T is unknown again."""
@@ -330,24 +345,59 @@ class UpdateLevel:
             known = counts.get(id(store), [])
             for row, count in enumerate(known[: store.clock_rows]):
                 self.clock.counts[store.rows.start + row] = count
-            store.frozen = ()  # the runs show the memory of before
         #: What `.grad` shows: of the shared parameters the first row, of each head its gradient.
         self.shown = [own_storage(view) for view in gradients.views(0)]
         self.head_shown = [[own_storage(x) for x in views] for views in gradients.head_views]
         self.one = torch.ones(1, dtype=torch.float64, device=self.device)
         self.gradients = gradients
+        self._trainable = []  # the runs of before show other memory
         self.refreeze()
         return gradients
 
     def refreeze(self) -> None:
         """Bring the runs up to date with the parameters' `requires_grad`."""
-        for store in self.stores:
-            store.split(self.clock)
+        trainable = [p.requires_grad for p in self.parameters]
+        if trainable == self._trainable:
+            return
+        self._trainable = trainable
+        self.has_frozen = not all(trainable)
+        if self.gradients is not None:
+            self.gradients.refreeze()
+            for store in self.stores:
+                store.split(self.clock)
+            self._passes: dict[tuple[Any, ...], Passes] = {}
+            self._known: list[Any] | None = None
+            self._plan = self._new_plan() if self._planned else None
+
+    def _new_plan(self) -> Plan:
+        shared, heads = (
+            [
+                Entry(
+                    # What else a rule says may change, but not its formula.
+                    kind=self.rules(self.groups[store.number]).kind,
+                    row=store.rows.start,
+                    params=run.params,
+                    grads=run.grads,
+                    state=run.state,
+                    segments=run.segments,
+                    sigma=run.sigma,
+                )
+                for store in stores
+                for run in store.runs
+            ]
+            for stores in (self.shared, self.heads)
+        )
+        clock = self.clock
+        bounds = _bounds(self.clippy)
+        return Plan(clock.hyper, clock.counts, clock.tally, shared, heads, clippy=bounds)
 
     def check(self) -> None:
         """Refuse to go on with parameters whose storage was replaced; see `FlatParameters`."""
-        for store in self.stores:
-            store.flat.check("shared parameter" if store.owner == "shared" else "task parameter")
+        for p, pointer in zip(self.parameters, self._pointers, strict=True):
+            if p.data_ptr() != pointer:
+                for store in self.stores:
+                    kind = "shared" if store.owner == "shared" else "task"
+                    store.flat.check(f"{kind} parameter")
 
     def moments(self) -> Mapping[Parameter, dict[str, Tensor]]:
         """Every parameter's piece of the moments, as torch's `state` has them."""
@@ -356,6 +406,11 @@ class UpdateLevel:
             for store in self.stores
             for p, state in zip(store.flat.parameters, store.state_views(), strict=True)
         }
+
+    def decide_on_host(self) -> None:
+        """The host decides: on a CPU a step is two native calls then (`ops.plan`), in place of a
+        torch operator for every pass and run."""
+        self._planned = self.device.type == "cpu"
 
     def passes(self, rows: int, *, reached: bool, lr_factor: float = 1.0) -> Passes:
         """The passes of the coming step; the clock is set.
@@ -367,22 +422,37 @@ class UpdateLevel:
         """
         gradients = self.gradients
         assert gradients is not None
-        filled = gradients.filled
-        on_tasks = gradients.touched if self.adatask else [True]
-        kinds = self.set_clock([*on_tasks * len(self.shared), *filled], lr_factor)
+        has_grad = gradients.has_grad
+        on_tasks = gradients.reached_shared if self.adatask else [True]
+        key = rows, reached, *on_tasks, *has_grad
+        passes = self._passes.get(key)
+        if passes is None:
+            passes = self._passes[key] = self._settle(rows, reached, on_tasks, has_grad)
+        self.set_clock(passes.active, lr_factor)
+        return passes
+
+    def _settle(
+        self, rows: int, reached: bool, on_tasks: list[bool], has_grad: list[bool]
+    ) -> Passes:
         shared = [run for store in self.shared for run in store.runs] if reached else []
         heads = [
-            run for store, on in zip(self.heads, filled, strict=True) if on for run in store.runs
+            run for store, on in zip(self.heads, has_grad, strict=True) if on for run in store.runs
         ]
-        for run in (*shared, *heads):
-            run.kind = kinds[run.store.number]
-        return Passes(shared, heads, rows)
+        pattern = [*on_tasks * len(self.shared), *has_grad]
+        active = self.clock.pattern(pattern)
+        parameters = [p for run in (*shared, *heads) for p in run.parameters]
+        return Passes(shared, heads, rows, active, parameters, pattern, rows if reached else 0)
 
-    def set_clock(self, active: Sequence[bool] | None, lr_factor: float = 1.0) -> dict[int, int]:
+    def set_clock(self, active: Tensor | None, lr_factor: float = 1.0) -> None:
         """Tell the clock the param groups' hyperparameters, and which of its rows take part; None:
-        as before. Returns the rules' kinds by number of group."""
+        as before."""
+        if active is not None:
+            self.clock.active = active
+        values = self._values(lr_factor)
+        if values is not None and values == self._known:
+            return
+        self._known = values
         hyper: list[Hyper] = []
-        kinds = {}
         rates: list[tuple[slice, Tensor]] = []
         for store in self.stores:
             group = self.groups[store.number]
@@ -396,28 +466,51 @@ class UpdateLevel:
             # -1 stands for a rate that the host does not know.
             known = -1.0 if on_device else float(lr) * lr_factor
             hyper += [rule.hyper(known, float(weight_decay))] * store.clock_rows
-            kinds[store.number] = rule.kind
-        self.clock.set(hyper, active)
+            for run in store.runs:
+                run.kind = rule.kind
+        self.clock.set(hyper)
         for rows, rate in rates:
             self.clock.set_lr(rows, rate)
-        return kinds
 
-    def look(self, passes: Passes, *, searches: bool) -> None:
-        """Begin the step: the clock's `found` says whether it is finite; if it `searches` the Gram
-        matrices are made on the way."""
+    def _values(self, lr_factor: float) -> list[Any] | None:
+        """What the param groups say now; None if a tensor says it, which is to be read."""
+        values: list[Any] = [lr_factor]
+        for group in self.groups:
+            if isinstance(group["lr"], Tensor):
+                return None
+            values += (group["lr"], group["weight_decay"])
+            values += [group[name] for name in self.rules.names]
+        return values
+
+    def look(self, passes: Passes, *, searches: bool, overflow: Tensor | None, reads: bool) -> bool:
+        """Begin the step; if it `searches` the Gram matrices are made on the way.
+
+        Args:
+            passes: of `passes`.
+            searches: whether the step searches before it moves.
+            overflow: not 0 where a GradScaler saw gradients that are not finite.
+            reads: whether to say what was found; else it stands in the clock's `found`.
+
+        Returns:
+            False if something is not finite, and the host reads it.
+        """
+        if self._plan is not None:
+            found = self._plan.look(passes.planned_rows, passes.pattern, searches=searches)
+            return not found and (overflow is None or not overflow.item())
+        self.clock.start()
+        if overflow is not None:
+            self.clock.found.logical_or_(overflow != 0)
+        clipped = self.clippy is not None
         for run in passes.shared:
-            if searches or self.clippy is not None:
-                run.search(passes.rows, self.clippy)
-            else:
-                run.check(passes.rows)
+            run.search(passes.rows, self.clippy) if clipped or searches else run.check(passes.rows)
         for run in passes.heads:
-            if self.clippy is not None:
-                run.search(1, self.clippy)
-            else:
-                run.check(1)
+            run.search(1, self.clippy) if clipped else run.check(1)
+        return not (reads and self.clock.found.item())
 
     def gram(self, passes: Passes, n_tasks: int) -> Tensor:
         """Gram matrix (T, T) of the tasks' updates, float64 on the device, new memory."""
+        if self._plan is not None:
+            return self._plan.gram(passes.rows)[:n_tasks, :n_tasks].clone()
         grams = [run.gram(passes.rows) for run in passes.shared]
         return sum(grams[1:], grams[0])[:n_tasks, :n_tasks].clone()
 
@@ -429,8 +522,14 @@ class UpdateLevel:
             weights: (rows,) of the shared parameters' rows; a head's row has the weight 1.
             searches: make the Gram matrix of the updates on the way.
         """
-        for run in passes.shared:
-            (run.delayed if searches else run.apply)(passes.rows, self.clippy, weights)
-        for run in passes.heads:
-            run.apply(1, self.clippy, self.one)
-        self.clock.finish()
+        if self._plan is not None:
+            of_rows = weights.tolist() if passes.planned_rows else []
+            self._plan.move(of_rows, searches=searches)
+        else:
+            for run in passes.shared:
+                (run.delayed if searches else run.apply)(passes.rows, self.clippy, weights)
+            for run in passes.heads:
+                run.apply(1, self.clippy, self.one)
+            self.clock.finish()
+        # The kernels write behind autograd's back: an older graph must not be used any more.
+        torch.autograd.graph.increment_version(passes.parameters)
