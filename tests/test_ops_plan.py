@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import pickle
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -312,6 +314,13 @@ def test_no_shared_entries() -> None:
         assert not plan.look(50, [True] * 4, searches=searches)
         plan.move([1.0] * 50, searches=searches)
     assert made.tally.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies_are_refused(copied: Callable[[object], object]) -> None:
+    for plan in (world(Adam(), 2).plan(), GradientPlan([torch.zeros(3, 5)])):
+        with pytest.raises(TypeError, match="cannot be copied or pickled: build a new one"):
+            copied(plan)
 
 
 def test_wrong_calls_are_named() -> None:

@@ -11,12 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from . import _kernels
 from . import cpu_checks as checks
+
+
+class _Addresses:
+    """A base of what keeps addresses: a copy would go on with the memory of the original."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: build a new one")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +53,7 @@ class Entry:
     sigma: Tensor | None = None
 
 
-class Plan:
+class Plan(_Addresses):
     """The steps of an update-level optimizer on the CPU.
 
     A step is two calls, over the shared entries and the heads that take part:
@@ -172,7 +180,7 @@ def _addresses(
     return (*update, entry.params.data_ptr(), segments, n_segments, sigma)
 
 
-class GradientPlan:
+class GradientPlan(_Addresses):
     """The passes of a gradient-level balancer on the CPU.
 
     Args:
