@@ -26,8 +26,8 @@ from reads import nothing_is_read
 from torch import Tensor, nn
 
 import fastmto
-from fastmto import ops
 from fastmto.engine.gradient_level import GradientLevel
+from fastmto.ops import registration
 from fastmto.weightings import Bargaining
 
 close = torch.testing.assert_close
@@ -124,9 +124,9 @@ def test_whole_steps_on_the_kernels_for_gpus(row, dtype, monkeypatch):
     here, there = (drive(row, dtype, capturable=True, **options) for _ in range(2))
     steps = range(4 if row.level == "update" else 5)
     here.run(steps)
-    gpu, used = ops._module(ops.BACKENDS["cuda"]), []
+    gpu, used = registration._module("cuda"), []
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "_module", lambda name: used.append(name) or gpu)
+        patch.setattr(registration, "_module", lambda name: used.append(name) or gpu)
         for step in steps:
             there.step(step, absent_at(step), reads=step < 2)
     assert used
