@@ -31,7 +31,7 @@ from torch.nn import functional
 import fastmto
 from fastmto.experiments.models import MMOE, PLE
 from fastmto.experiments.models.base import MultiTaskModel, count
-from fastmto.experiments.train import Balanced
+from fastmto.experiments.optimizers import Balanced
 
 BATCH = 4096
 FIELD_SIZES = (31,) * 16

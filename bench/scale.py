@@ -20,10 +20,11 @@ import torch
 
 import fastmto
 from fastmto.experiments import toy
-from fastmto.experiments.cli import DEFAULTS
+from fastmto.experiments.arguments import DEFAULTS
 from fastmto.experiments.data import load_census, load_digits
 from fastmto.experiments.models import MMOE, SharedBottom
-from fastmto.experiments.train import balancer, train
+from fastmto.experiments.optimizers import balancer
+from fastmto.experiments.train import train
 
 RUNS: list[tuple[str, str | None, float]] = [
     ("equal weights", None, 0.5),

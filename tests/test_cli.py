@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastmto
 from fastmto import available
-from fastmto.experiments import cli
+from fastmto.experiments.arguments import BALANCERS, DEFAULTS, EXTRAS, MODELS
 from fastmto.experiments.cli import main
 
 
@@ -110,11 +111,11 @@ def test_train_knows_every_balancer(tmp_path: Path, capsys: pytest.CaptureFixtur
     for name, n in (("census-income.data", 300), ("census-income.test", 80)):
         (tmp_path / name).write_text("".join(census_line(i) for i in range(n)))
     arguments = "train --data census --root . --epochs 1 --batch-size 25 --model mmoe --balancer"
-    assert main([*arguments.split(), *cli.BALANCERS]) == 0
+    assert main([*arguments.split(), *BALANCERS]) == 0
     lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("---")) + 1
-    rows = [line.split() for line in lines[start : start + len(cli.BALANCERS)]]
-    assert [row[0] for row in rows] == list(cli.BALANCERS)
+    rows = [line.split() for line in lines[start : start + len(BALANCERS)]]
+    assert [row[0] for row in rows] == list(BALANCERS)
     assert all(0 <= float(score) <= 1 for row in rows for score in row[1:4])
 
 
@@ -252,26 +253,44 @@ def test_help_names_every_option_and_balancer(
 
 
 def test_defaults_of_every_data_set_name_every_model() -> None:
-    for defaults in cli.DEFAULTS.values():
-        assert defaults.model in cli.MODELS
-        assert set(defaults.sizes) == set(cli.MODELS)
-    assert set(cli.EXTRAS) == {*cli.DEFAULTS, "toy"}
+    for defaults in DEFAULTS.values():
+        assert defaults.model in MODELS
+        assert set(defaults.sizes) == set(MODELS)
+    assert set(EXTRAS) == {*DEFAULTS, "toy"}
 
 
 def test_every_balancer_of_the_command_exists() -> None:
-    from fastmto.experiments.train import balancer, balancer_names
+    from fastmto.experiments.optimizers import balancer
 
-    assert set(cli.BALANCERS) == set(balancer_names())
-    assert all(callable(balancer(name, lr=1e-3)) for name in cli.BALANCERS)
+    assert all(callable(balancer(name, lr=1e-3)) for name in BALANCERS)
+    with pytest.raises(ValueError, match="balancer must be one of") as caught:
+        balancer("fly", lr=1e-3)
+    assert str(caught.value).split("one of ")[1] == f"{', '.join(BALANCERS)}, got 'fly'"
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", "train --help", "compare --help", "fly"])
+def test_answers_without_torch(words: str) -> None:
+    """In a Python in which importing torch, or numpy, is an error."""
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'numpy'))); "
+        "from fastmto.experiments.cli import main; main(sys.argv[1:])"
+    )
+    done = in_a_new_process(["-c", program, *words.split()], check=False)
+    expected = {"--version": f"fastmto {fastmto.__version__}", "fly": "fastmto: error"}
+    assert (done.stdout or done.stderr).startswith(expected.get(words, "usage: fastmto"))
+    assert done.returncode == (2 if words == "fly" else 0)
 
 
 def test_python_dash_m() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fastmto", "--help"],
+    assert in_a_new_process(["-m", "fastmto", "--help"]).stdout.startswith("usage: fastmto")
+
+
+def in_a_new_process(words: list[str], check: bool = True) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words],
         capture_output=True,
         text=True,
         timeout=300,
-        env={"PYTHONPATH": str(Path(cli.__file__).parent.parent), "PATH": ""},
-        check=True,
+        env={"PYTHONPATH": str(Path(fastmto.__file__).parent.parent), "PATH": ""},
+        check=check,
     )
-    assert done.stdout.startswith("usage: fastmto")

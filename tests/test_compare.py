@@ -17,9 +17,10 @@ import torch
 
 from fastmto.experiments import cli, compare
 from fastmto.experiments.cli import main
-from fastmto.experiments.compare import Compared, load_data, peak_memory, save_data, spread, table
+from fastmto.experiments.compare import Compared, load_data, peak_memory, save_data, spread
 from fastmto.experiments.data import MultiTaskData, load_digits
 from fastmto.experiments.experiment import Experiment
+from fastmto.experiments.tables import compare_table
 from fastmto.experiments.workers import Interrupted, Workers, tick
 
 
@@ -106,7 +107,7 @@ def test_a_failing_balancer_is_a_line_and_the_others_go_on() -> None:
     assert rows[0].failure is not None
     assert "balancer must be one of" in rows[0].failure
     assert [len(row.results) for row in rows] == [0, 1]
-    text = table(rows).splitlines()
+    text = compare_table(rows, "cpu").splitlines()
     assert "nan" in text[2]
     assert text[3].startswith("equal")
 
@@ -120,7 +121,7 @@ def test_spread() -> None:
 
 SCRIPT = """
 import sys, torch
-from fastmto.compare import peak_memory
+from fastmto.experiments.compare import peak_memory
 base = peak_memory(torch.device("cpu"))
 x = torch.ones(int(sys.argv[1]))
 del x

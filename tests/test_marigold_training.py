@@ -18,7 +18,7 @@ import fastmto
 from fastmto import MARIGOLD
 from fastmto.engine.flat import FlatParameters
 from fastmto.experiments import toy
-from fastmto.experiments.cli import DEFAULTS
+from fastmto.experiments.arguments import DEFAULTS
 from fastmto.experiments.data import load_census
 from fastmto.experiments.models import MMOE
 from fastmto.experiments.train import evaluate, task_losses

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastmto.experiments.cli import DEFAULTS, MODELS
+from fastmto.experiments.arguments import DEFAULTS, MODELS
 from fastmto.experiments.data import load_digits
 from fastmto.experiments.experiment import Experiment
 from fastmto.experiments.models import MMOE, PLE, MultiTaskModel, SharedBottom, TabularEncoder

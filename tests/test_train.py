@@ -10,23 +10,13 @@ import pytest
 import torch
 
 import fastmto
+from fastmto.experiments.arguments import BALANCERS
 from fastmto.experiments.data import MultiTaskData, Split, Task, load_digits
 from fastmto.experiments.models import MMOE, SharedBottom
-from fastmto.experiments.train import (
-    METHOD_LR,
-    PROBE_EVERY,
-    Balanced,
-    Steps,
-    TrainResult,
-    _timing,
-    as_json,
-    balancer,
-    balancer_names,
-    evaluate,
-    search_every,
-    task_losses,
-    train,
-)
+from fastmto.experiments.optimizers import METHOD_LR, Balanced, balancer, search_every
+from fastmto.experiments.records import Steps, TrainResult
+from fastmto.experiments.records import timing as timing_of
+from fastmto.experiments.train import PROBE_EVERY, evaluate, task_losses, train
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +43,11 @@ def run(data: MultiTaskData, name: str, seed: int = 0, epochs: int = 2) -> Train
 
 
 def test_names_are_those_of_the_library_and_some_more() -> None:
-    assert set(fastmto.available()) < set(balancer_names())
-    assert len(set(balancer_names())) == len(balancer_names())
+    assert set(fastmto.available()) < set(BALANCERS)
+    assert len(set(BALANCERS)) == len(BALANCERS)
 
 
-@pytest.mark.parametrize("name", balancer_names())
+@pytest.mark.parametrize("name", BALANCERS)
 def test_every_balancer_learns_and_is_recorded(data: MultiTaskData, name: str) -> None:
     result = run(data, name)
     n_steps = 2 * math.ceil(1000 / 64)
@@ -213,7 +203,7 @@ def steps(n: int, backwards: list[int], **seconds: list[float]) -> Steps:
 
 def test_balancing_share_counts_what_equal_weighting_does_not_pay() -> None:
     """One search in four: 10 ms of forward, backwards of 10 and 22 ms, updates of 2 and 4 ms."""
-    timing = _timing(
+    timing = timing_of(
         steps(
             8,
             [2, 1, 1, 1] * 2,
@@ -233,14 +223,14 @@ def test_balancing_share_counts_what_equal_weighting_does_not_pay() -> None:
 
 def test_a_stalled_step_does_not_count() -> None:
     seconds = {"forward": [0.01] * 9, "backward": [0.01] * 8 + [5.0], "update": [0.001] * 9}
-    timing = _timing(steps(9, [1] * 9, **seconds), plain=False)
+    timing = timing_of(steps(9, [1] * 9, **seconds), plain=False)
     assert timing.step == pytest.approx(21)
     assert timing.balancing_share == pytest.approx(0, abs=1e-12)
 
 
 def test_equal_weighting_has_no_balancing_time() -> None:
     seconds = {"forward": [0.01] * 4, "backward": [0.03] * 4, "update": [0.002] * 4}
-    timing = _timing(steps(4, [1] * 4, **seconds), plain=True)
+    timing = timing_of(steps(4, [1] * 4, **seconds), plain=True)
     assert timing.balancing_share == 0
     assert timing.relative == 1
     assert timing.plain_backward == timing.backward == pytest.approx(30)
@@ -249,7 +239,7 @@ def test_equal_weighting_has_no_balancing_time() -> None:
 def test_a_run_as_json_is_thin_and_has_no_nan(data: MultiTaskData) -> None:
     result = run(data, "pub")
     result.steps.losses[3] = np.nan
-    report = json.loads(json.dumps(as_json(result, max_points=12), allow_nan=False))
+    report = json.loads(json.dumps(result.as_json(max_points=12), allow_nan=False))
     log = report["steps"]
     assert log["number"] == list(range(1, 33, 3))
     assert log["losses"][1] == [None, None]

@@ -13,7 +13,8 @@ import torch
 import fastmto
 from fastmto.experiments import toy
 from fastmto.experiments.cli import main
-from fastmto.experiments.train import SummedLosses
+from fastmto.experiments.optimizers import SummedLosses
+from fastmto.experiments.tables import toy_table
 
 
 def by_hand(x1: float, x2: float, s: float) -> tuple[float, float]:
@@ -57,10 +58,11 @@ def test_gradients_by_hand_are_those_of_autograd(s: float) -> None:
     torch.manual_seed(0)
     points = (torch.rand(200, 2, dtype=torch.float64) - 0.5) * torch.tensor([24.0, 24.0])
     on_edges = torch.tensor([*toy.STARTS.values(), (-5.0, 50.0), (1.0, 50.0)], dtype=torch.float64)
+    by_hand = toy.ShiftedLosses(s, torch.float64)
     for point in torch.cat([points, on_edges]):
         x = point.clone().requires_grad_()
         expected = toy.losses(x, s)
-        shifted = toy._Losses.apply(x, s)
+        shifted = by_hand(x)
         for i in range(2):
             floor = toy.SHIFT * (s if i == 0 else 1)
             assert shifted[i].item() > 0
@@ -71,6 +73,36 @@ def test_gradients_by_hand_are_those_of_autograd(s: float) -> None:
         (both,) = torch.autograd.grad(3 * shifted[0] + shifted[1], x)
         (other,) = torch.autograd.grad(3 * expected[0] + expected[1], x)
         torch.testing.assert_close(both, other, rtol=1e-12, atol=1e-13)
+
+
+def test_losses_without_a_graph_and_in_float32() -> None:
+    x = torch.tensor(toy.STARTS["D"])
+    shifted = toy.ShiftedLosses(0.1, torch.float32)(x)
+    assert not any(loss.requires_grad for loss in shifted)
+    expected = toy.losses(x.double(), 0.1) + toy.SHIFT * torch.tensor([0.1, 1.0])
+    torch.testing.assert_close(torch.stack(shifted), expected.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_small_adam_is_torchs_bit_for_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (
+        [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((2,), (), ())]
+        for _ in range(2)
+    )
+    small = toy.Adam([(ours[:1], 1e-3), (ours[1:], 0.025)])
+    groups = [{"params": theirs[:1]}, {"params": theirs[1:], "lr": 0.025}]
+    adam = torch.optim.Adam(groups, lr=1e-3, fused=True)
+    for step in range(50):
+        small.zero_grad()
+        adam.zero_grad()
+        for k, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            if k < 2 or step % 3 == 0:  # without a gradient a parameter and its moments stay
+                p.grad = torch.randn_like(p)
+                q.grad = p.grad.clone()
+        small.step()
+        adam.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
 
 
 def adam(shared: list[torch.nn.Parameter], heads: list[list[torch.nn.Parameter]]) -> SummedLosses:
@@ -98,7 +130,7 @@ def test_an_unknown_start() -> None:
 
 
 # At the optimum the updates oppose each other exactly: keeping the last weights is right there.
-@pytest.mark.filterwarnings("ignore:no new task weights")
+@pytest.mark.filterwarnings("ignore:weights held")
 @pytest.mark.parametrize("start", toy.STARTS)
 def test_pub_reaches_the_optimum_from_every_start(start: str) -> None:
     """PUB's figure, s = 1, with the paper's literal weights at every step."""
@@ -112,7 +144,7 @@ def test_pub_reaches_the_optimum_from_every_start(start: str) -> None:
 
 
 # Opposite or vanishing gradients keep the last weights; counted as "held".
-@pytest.mark.filterwarnings("ignore:weights held", "ignore:no new task weights")
+@pytest.mark.filterwarnings("ignore:weights held")
 @pytest.mark.parametrize("name", fastmto.available())
 def test_every_method_gets_somewhere(name: str) -> None:
     for start in toy.STARTS:
@@ -214,7 +246,7 @@ def test_the_table_shows_the_difference_to_the_reference() -> None:
     stats = {"held": 2, "skipped": 1}
     row = toy.Row("nashmtl", {"B": toy.Trajectory(ends, ends, 10, 1e-3, stats)}, failure="x")
     other = toy.Row("si", {"B": toy.Trajectory(ends, ends, 10, 1e-3, stats)})
-    lines = toy.table([row, other], reference=True).splitlines()
+    lines = toy_table([row, other], reference=True).splitlines()
     assert lines[2].split()[-3:] == ["3", "100", "0.250,0.500"]
     assert lines[3].split()[-2:] == ["3", "100"]
     assert toy.is_reference(0.1, 1e-3, 50_000)

@@ -3,7 +3,7 @@
 Every balancer runs in a process of its own, so that its peak memory is its own:
 
 - *step time* is relative to equal weighting in the same run: `Timing.relative`, lower quartiles of
-  the run's own phases and of the plain steps that train.py makes beside it; the mean over
+  the run's own phases and of the plain steps that are made beside it; the mean over
   the seeds.
 - *peak memory* is taken over `MEMORY_STEPS` first steps, searches included, before the runs whose
   probes, logs and evaluation would add to it. On a CPU: the largest resident set of the process,
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ import torch
 
 from .data.base import MultiTaskData, Split, Task
 from .experiment import Experiment
-from .train import TrainResult, as_json
+from .records import TrainResult, plain
 from .workers import Workers, tick
 
 #: More than two searches, where weights are searched every 10 steps.
@@ -62,31 +61,27 @@ class Compared:
     @property
     def relative_step(self) -> float:
         """Step time over that of equal weighting, mean over the seeds; NaN without runs."""
-        if not self.results:
-            return math.nan
-        return statistics.fmean(result.timing.relative for result in self.results)
+        return spread([result.timing.relative for result in self.results])[0]
 
     @property
     def step_ms(self) -> float:
-        """Milliseconds a step, mean over the seeds; NaN without runs."""
-        if not self.results:
-            return math.nan
-        return statistics.fmean(result.timing.step for result in self.results)
+        """Milliseconds per step, mean over the seeds; NaN without runs."""
+        return spread([result.timing.step for result in self.results])[0]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain numbers; runs as `fastmto.experiments.train.as_json` gives them."""
+        """Plain numbers; runs as `TrainResult.as_json` gives them."""
         return {
             "balancer": self.name,
             "peak_bytes": self.peak,
             "failure": self.failure,
             "relative_step": self.relative_step if self.results else None,
             "test": {
-                task.name: {"mean": _finite(mean), "std": _finite(std)}
+                task.name: {"mean": plain(mean), "std": plain(std)}
                 for task in (self.results[0].tasks if self.results else ())
                 for mean, std in [spread(self.scores(task.name))]
             },
             "runs": [
-                {"seed": seed, **as_json(result)}
+                {"seed": seed, **result.as_json()}
                 for seed, result in zip(self.seeds, self.results, strict=True)
             ],
         }
@@ -194,56 +189,7 @@ def compare(
                         own.seeds.append(seed)
                         own.results.append(result)
                         on_result(compared)
-            except (
-                RuntimeError,
-                ValueError,
-            ) as error:  # one method's failure is a line of the table
+            # One method's failure is a line of the table.
+            except (RuntimeError, ValueError) as error:
                 own.failure = f"{type(error).__name__}: {error}"
                 on_result(compared)
-
-
-def table(compared: Sequence[Compared]) -> str:
-    """Metric mean and standard deviation of each task, step time and peak memory, as text."""
-    tasks = next((own.results[0].tasks for own in compared if own.results), ())
-    rows = [
-        [
-            "balancer",
-            *(f"{task.name} {task.metric}" for task in tasks),
-            "mean",
-            "ms a step",
-            "x equal*",
-            "peak MB**",
-        ]
-    ]
-    for own in compared:
-        cells = [_plus_minus(own.scores(task.name)) for task in tasks]
-        rows.append(
-            [
-                own.name,
-                *cells,
-                _plus_minus(own.scores()),
-                f"{own.step_ms:.2f}",
-                f"{own.relative_step:.2f}",
-                "-" if own.peak is None else f"{own.peak / 1e6:.0f}",
-            ]
-        )
-    return columns(rows)
-
-
-def _plus_minus(values: Sequence[float]) -> str:
-    mean, std = spread(values)
-    return f"{mean:.4f}" if math.isnan(std) else f"{mean:.4f} ±{std:.4f}"
-
-
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text under a head, in columns as wide as they need."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -11,10 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import fastmto
+
 from .data.base import MultiTaskData
 from .models import MMOE, PLE, SharedBottom
 from .models.base import MultiTaskModel, count
-from .train import TrainResult, balancer, one_step, train, waiting
+from .optimizers import balancer
+from .records import TrainResult
+from .train import one_step, train, waiting
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Experiment:
         sizes: constructor arguments of the model.
         epochs, batch_size, lr, weight_decay: of the training.
         update_weights_every: steps between two searches; None: the methods' own
-            (`fastmto.experiments.train.search_every`).
+            (`fastmto.experiments.optimizers.search_every`).
     """
 
     data: str
@@ -119,10 +123,8 @@ class Experiment:
 
 def environment() -> dict[str, Any]:
     """Versions and machine."""
-    from .. import __version__
-
     return {
-        "fastmto": __version__,
+        "fastmto": fastmto.__version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),

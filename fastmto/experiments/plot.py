@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from .compare import Compared
+from .records import Floats, TrainResult
 from .toy import FRONT, STARTS, Row, losses
-from .train import Floats, TrainResult
 
 #: A colour a balancer, from the Okabe-Ito palette (told apart by colour-blind readers too).
 _COLORS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")

@@ -126,7 +126,9 @@ class Store:
     def state_views(self) -> list[dict[str, Tensor]]:
         """The moments of every parameter, shaped like it (with a leading T if stacked)."""
         views = {
-            name: self.flat.stacked_views(m) if self.stacked else self.flat.views(m[0])
+            name: self.flat.stacked_views(m)
+            if self.stacked
+            else [own_storage(view) for view in self.flat.views(m[0])]
             for name, m in self._moments.items()
         }
         return [dict(zip(views, each, strict=True)) for each in zip(*views.values(), strict=True)]
