@@ -31,11 +31,7 @@ from fastmto.weightings import MGDA, Bargaining, Constant, Equal
 #: Tasks of every row.
 T = 3
 #: (feature, family) that are still to come; take a pair out when it lands.
-PENDING = {
-    ("retain_graph", "marigold"),
-    ("unbalanced", "marigold"),
-    ("freezing", "marigold"),
-}
+PENDING = {}
 
 
 @dataclass(frozen=True)

@@ -519,7 +519,7 @@ def test_calls_that_lack_something() -> None:
         MARIGOLD().backward(CASE(theta), [other], closure=lambda: CASE(theta))
     assert other.grad is None
     frozen = torch.ones(2)
-    with pytest.raises(ValueError, match="must be a leaf tensor that requires grad"):
+    with pytest.raises(ValueError, match="requires no grad"):
         MARIGOLD().backward(CASE(theta), [frozen], closure=lambda: CASE(theta))
     with pytest.raises(RuntimeError, match="lambda_ needs the number of tasks"):
         _ = MARIGOLD().lambda_

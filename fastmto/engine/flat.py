@@ -9,6 +9,7 @@ storage (`model.to(device)`, `p.data = ...`) does not, and `check` says so.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -132,6 +133,18 @@ class FlatLayout:
         ]
 
 
+#: The buffers that parameters live in, by the address of the first.
+_buffers: weakref.WeakValueDictionary[int, FlatParameters] = weakref.WeakValueDictionary()
+
+
+def buffer_of(layout: FlatLayout) -> Tensor | None:
+    """The vector (P,) in which the layout's parameters live, as they are laid out there; None if
+    they do not."""
+    flat = _buffers.get(layout.parameters[0].data_ptr())
+    pointers = [p.data_ptr() for p in layout.parameters]
+    return flat.data if flat is not None and flat._pointers == pointers else None
+
+
 class FlatParameters(FlatLayout):
     """A layout whose parameters live in its buffer.
 
@@ -151,6 +164,7 @@ class FlatParameters(FlatLayout):
                 view.copy_(p)
                 p.data = own_storage(view)
         self._pointers = [p.data_ptr() for p in self.parameters]
+        _buffers[self._pointers[0]] = self
 
     def check(self, label: str) -> None:
         """Refuse to go on when a parameter has left the buffer.

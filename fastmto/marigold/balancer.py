@@ -15,6 +15,7 @@ from .. import weightings
 from ..engine.balancer import Balancer, Batch, Info
 from ..engine.device import uncompiled
 from ..engine.losses import Losses, as_list
+from ..engine.survey import trainable
 from ..errors import NonFiniteError, SolverError, warn
 from ..weightings import Weighting
 from .functional import FunctionalClosure
@@ -364,6 +365,15 @@ class MARIGOLD(Balancer):
         info.estimator = self.estimator
         if searches:
             self._search(batch, values, joint, info)
+        if batch.unbalanced is not None:
+            # Last: the direction of the search may be `.grad` itself.
+            backward(
+                [batch.unbalanced],
+                torch.ones(1, dtype=batch.unbalanced.dtype, device=batch.unbalanced.device),
+                batch.seed,
+                retain=batch.retain_graph,
+            )
+            self._counted["backwards"] += 1
         info.next_lambda = self._lambda
         if self._reuse is None:
             self._recorded = None
@@ -377,7 +387,13 @@ class MARIGOLD(Balancer):
                 "shared_parameters must be given to MARIGOLD.backward with "
                 f"estimator={self.estimator!r}"
             )
+        if batch.accumulate:
+            raise ValueError(
+                "accumulate must be False for MARIGOLD, which evaluates losses: call backward for "
+                "every micro-batch, .grad adds up"
+            )
         if batch.shared is not None:
+            batch.shared = trainable("shared_parameters", batch.shared)
             check_displaceable(batch.shared)
         if batch.closure is None and self.estimator != "reuse":
             raise ValueError(
@@ -426,8 +442,9 @@ class MARIGOLD(Balancer):
                 self._refreshed = self._estimates
         self._counted["backwards"] += 1
         if searches and shared is not None:
-            return joint_backward(batch.present, weights, shared, batch.seed)
-        backward(batch.present, weights, batch.seed)
+            keep = batch.keeps_graph
+            return joint_backward(batch.present, weights, shared, batch.seed, retain=keep)
+        backward(batch.present, weights, batch.seed, retain=batch.keeps_graph)
         return None
 
     def _search(
@@ -529,7 +546,7 @@ class MARIGOLD(Balancer):
                 raise
             self._counted["held"] += 1
             info.answer(status=error.status)
-            warn(f"weights held: {error} (stats['held'])")
+            warn(f"weights held: {error.status}; the last ones stay (stats['held'])")
             return
         info.answer(getattr(weighting, "result", None))
         found = found.detach().to("cpu", torch.float64)

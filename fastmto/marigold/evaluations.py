@@ -132,6 +132,11 @@ class Evaluations:
         self._copies.displace(0, [None] * len(self._copies.parameters), 0.0)
         return self._at(0).to("cpu", torch.float64)
 
+    def once(self, points: Along | Random) -> Tensor:
+        """(n,) float64 on the CPU, the losses at the first point; takes row 0."""
+        points.write(self._copies, 0, 0)
+        return self._at(0).to("cpu", torch.float64)
+
     def sequential(self, points: Along | Random) -> Evaluated:
         """One point after the other in row 0."""
         along, values = [], []
@@ -169,8 +174,7 @@ class Evaluations:
         if points is None:
             self.again = self.undisplaced()
         else:
-            points.write(self._copies, 0, 0)
-            self.again = self._at(0).to("cpu", torch.float64)
+            self.again = self.once(points)
         same = (self.again - first).abs() <= REPEATS_WITHIN * eps * first.abs()
         differ = (~same & first.isfinite()).nonzero()
         return int(differ[0]) if len(differ) else None

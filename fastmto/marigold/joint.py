@@ -26,13 +26,20 @@ class Joint:
     length: float
 
 
-def backward(losses: Sequence[Tensor], weights: Tensor, seed: Tensor | None = None) -> None:
+def backward(
+    losses: Sequence[Tensor],
+    weights: Tensor,
+    seed: Tensor | None = None,
+    *,
+    retain: bool = False,
+) -> None:
     """One backward of the weighted losses; adds to `.grad` of everything they reach.
 
     Args:
         losses: n scalars attached to their graphs.
         weights: (n,) on their device.
         seed: a scalar that all gradients are multiplied by, on the way.
+        retain: keep the graph.
     """
     if seed is not None:
         weights = weights * seed
@@ -42,6 +49,7 @@ def backward(losses: Sequence[Tensor], weights: Tensor, seed: Tensor | None = No
             weight.to(loss.dtype).expand_as(loss)
             for weight, loss in zip(weights.unbind(), losses, strict=True)
         ],
+        retain_graph=retain,
     )
 
 
@@ -50,6 +58,8 @@ def joint_backward(
     weights: Tensor,
     shared: Sequence[Tensor],
     seed: Tensor | None = None,
+    *,
+    retain: bool = False,
 ) -> Joint:
     """`backward`, and the gradient that it alone added to the shared parameters.
 
@@ -65,7 +75,7 @@ def joint_backward(
         p.grad = None
     direction: list[Tensor | None] = []
     try:
-        backward(losses, weights, seed)
+        backward(losses, weights, seed, retain=retain)
         direction = [p.grad for p in shared]
         for k, (p, g) in enumerate(zip(shared, direction, strict=True)):
             if g is not None and g.layout is not torch.strided:

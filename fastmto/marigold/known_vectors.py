@@ -21,6 +21,8 @@ class KnownVectors:
     def __init__(self) -> None:
         self.vectors: list[Vector] = []
         self._loaded: list[Tensor] = []
+        self._shared: list[Tensor] = []
+        self._parked: dict[int, dict[Tensor, Tensor]] = {}  # pieces of frozen parameters
 
     def __len__(self) -> int:
         return len(self.vectors) or len(self._loaded)
@@ -32,7 +34,9 @@ class KnownVectors:
             ValueError: they are of another number of parameters.
         """
         if not self._loaded:
+            self._follow(shared)
             return
+        self._shared = list(shared)
         sizes = [p.numel() for p in shared]
         for vector in self._loaded:
             if len(vector) != sum(sizes):
@@ -49,9 +53,20 @@ class KnownVectors:
         ]
         self._loaded = []
 
+    def _follow(self, shared: Sequence[Tensor]) -> None:
+        """Parameters were frozen, or brought back: their pieces leave the vectors and return."""
+        before, self._shared = self._shared, list(shared)
+        if [id(p) for p in before] == [id(p) for p in shared]:
+            return
+        for k, vector in enumerate(self.vectors):
+            pieces = {**self._parked.get(k, {}), **dict(zip(before, vector, strict=True))}
+            self.vectors[k] = [pieces.pop(p, torch.zeros_like(p.detach())) for p in shared]
+            self._parked[k] = pieces
+
     def append(self, vector: Sequence[Tensor | None], shared: Sequence[Tensor], most: int) -> None:
         """Take a vector up as the newest; the oldest beyond `most` are forgotten."""
         self.vectors = [*self.vectors, _copy(vector, shared)][-most:]
+        self._parked.clear()  # of vectors in other places
 
     def take_gradients(
         self, losses: Sequence[Tensor], tasks: Sequence[int], n_tasks: int, shared: Sequence[Tensor]

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import ops
-from ..engine.flat import FlatLayout, as_vector, is_dense, laid_like
+from ..engine.caches import forget_weight_copies
+from ..engine.flat import FlatLayout, as_vector, buffer_of, is_dense, laid_like
 from .estimators import SMALLEST_STEP
 
 Result = TypeVar("Result")
@@ -124,7 +125,7 @@ class Copies:
         for members, layout, rows in zip(self._members, self.layouts, self.rows, strict=True):
             flat = layout.rows(1)[0]
             _gather(layout.views(flat), [direction[k] for k in members])
-            base = self._live(layout)
+            base = buffer_of(layout)
             if base is None:
                 base = layout.rows(1)[0]
                 _gather(layout.views(base), [p.detach() for p in layout.parameters])
@@ -150,7 +151,7 @@ class Copies:
             options: dict[str, Any] = {"seed": seed + (number << 32), "distribution": draw}
             if sphere:
                 rows.zero_()
-            base = None if sphere else self._live(layout)
+            base = None if sphere else buffer_of(layout)
             scale = self._scale(layout, [1.0] * count if sphere else scales)
             if base is not None:
                 ops.perturb(base, rows, scale=scale, offset=offset, **options)
@@ -170,33 +171,27 @@ class Copies:
     def _scale(self, layout: FlatLayout, scales: Sequence[float]) -> Tensor:
         return torch.tensor(scales, dtype=torch.float64).to(layout.device)
 
-    def _live(self, layout: FlatLayout) -> Tensor | None:
-        """The buffer that the parameters live in, if they lie there as in the layout."""
-        first = layout.parameters[0]
-        size = layout.dtype.itemsize
-        start = first.data_ptr()
-        if any(
-            p.data_ptr() != start + offset * size
-            for p, offset in zip(layout.parameters, layout.segments.tolist(), strict=False)
-        ):
-            return None
-        storage = first.untyped_storage()
-        end = first.storage_offset() + len(layout)
-        # Neighbours by chance are other storages, which do not reach that far.
-        if storage.nbytes() < end * size or any(
-            p.untyped_storage().data_ptr() != storage.data_ptr() for p in layout.parameters
-        ):
-            return None
-        return first.detach().as_strided((len(layout),), (1,))
-
     @torch.no_grad()
     def along(self, row: int, direction: Vector) -> float:
         """<row - theta, direction>: how far the row really lies along the direction."""
-        total = 0.0
-        for p, view, v in zip(self.parameters, self._views[row], direction, strict=True):
-            if v is not None:
-                total += difference_along(view, p, v)
-        return total
+        moved = [
+            (view, p, v)
+            for p, view, v in zip(self.parameters, self._views[row], direction, strict=True)
+            if v is not None
+        ]
+        if not moved:
+            return 0.0
+        small = _CHUNK.get(moved[0][0].device.type, _CHUNK_ELSE)
+        if max(v.numel() for _, _, v in moved) > small:
+            return sum(difference_along(view, p, v) for view, p, v in moved)
+        # The same sums, by a call for all tensors at once.
+        views, own, direction_ = zip(*moved, strict=True)
+        differences = torch._foreach_sub(views, own)
+        dots = [
+            torch.dot(as_vector(d), as_vector(laid_like(v, p)))
+            for d, v, p in zip(differences, direction_, own, strict=True)
+        ]
+        return math.fsum(torch.stack(dots).double().tolist())
 
     @torch.no_grad()
     def distance(self, row: int) -> float:
@@ -218,6 +213,7 @@ class Copies:
         try:
             for p, view in zip(self.parameters, views, strict=True):
                 p.data = view
+            forget_weight_copies()
             with torch.no_grad():
                 result = closure()
             moved = [
@@ -228,6 +224,7 @@ class Copies:
         finally:
             for p, data in zip(self.parameters, own, strict=True):
                 p.data = data
+            forget_weight_copies()
         if moved:
             raise ValueError(
                 f"closure must only compute losses, but it moved shared_parameters {moved}"
@@ -292,7 +289,10 @@ def check_step(step: float, length: float, dtype: torch.dtype, name: str, unit: 
 
 def norm(tensors: Sequence[Tensor]) -> float:
     """Euclidean length of all tensors together; waits for the device."""
-    return math.sqrt(sum(float(x.double()) ** 2 for x in torch._foreach_norm(list(tensors))))
+    lengths = torch._foreach_norm(list(tensors))
+    if len({x.dtype for x in lengths}) > 1:
+        lengths = tuple(x.double() for x in lengths)
+    return math.sqrt(sum(x * x for x in torch.stack(lengths).double().tolist()))
 
 
 def difference_along(a: Tensor, b: Tensor, v: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from .known_vectors import KnownVectors
 from .options import Options
 from .perturb import Copies, check_step
 from .replay import RandomState
+
+#: A displacement this many times as long as the step chosen changes any loss that sees it.
+FAR = 1e4
 
 
 @dataclass
@@ -152,6 +156,7 @@ class Probe:
                 found = evaluations.batched(points)
             else:
                 found = evaluations.sequential(points)
+            self._check_displaced(point, evaluations, points, found.values, base)
             if self._options.debug:
                 known = found.values[0] if central else base
                 self._repeat(point, evaluations, points if central else None, known)
@@ -159,6 +164,30 @@ class Probe:
             self.count = evaluations.count
         base = point.values if base is None else base
         return Evaluated(point.transform(found.values), found.along), point.transform(base)
+
+    def _check_displaced(
+        self,
+        point: Point,
+        evaluations: Evaluations,
+        points: Along | Random,
+        values: Tensor,
+        base: Tensor | None,
+    ) -> None:
+        """Refuse a closure that does not see displaced parameters.
+
+        Losses that are the same bit for bit at all points may be those of a step too small for the
+        forward pass. A step so long that it cannot be, at the cost of one evaluation, tells.
+        """
+        known = values[0] if len(points) > 1 else point.values if base is None else base
+        if not bool((values == known).all()) or not len(points):
+            return
+        far = dataclasses.replace(points, scales=[FAR * scale for scale in points.scales])
+        if bool((evaluations.once(far) == known).all()):
+            raise RuntimeError(
+                "closure returns the same losses, bit for bit, wherever the shared parameters are: "
+                "it does not compute with them, but with copies of their values (a compiled model "
+                "with frozen weights, tensors that were cached or computed outside of it)"
+            )
 
     def _repeat(
         self,
