@@ -76,19 +76,22 @@ def test_resuming_from_a_file_repeats_the_uninterrupted_run(row, dtype, first, t
     torch.save([one.state(), schedule.state_dict()], file)
     file.seek(0)
     state, rates = torch.load(file)
-    go(one, schedule, range(stop, 12))
+    last = 12 if row.level == "update" else 9
+    go(one, schedule, range(stop, last))
     # It may have been used before.
-    resumed, again = trained(row, dtype, then, range(20, 23))
+    resumed, again = trained(row, dtype, then, range(20, 22))
     resumed.load(state)
     again.load_state_dict(rates)
-    go(resumed, again, range(stop, 12))
+    go(resumed, again, range(stop, last))
     assert_resumed(one, resumed)
 
 
+COPIED = [OPTIMIZERS[k] for k in (1, 5, 8)]
+COPIED += [on_device(ON_DEVICE[0]), *BALANCERS[::6]]
+
+
 @pytest.mark.parametrize("how", ["pickle", "deepcopy"])
-@pytest.mark.parametrize(
-    "row", [*OPTIMIZERS, *BALANCERS[::3], *map(on_device, (UPDATES[2], ON_DEVICE[0]))], ids=str
-)
+@pytest.mark.parametrize("row", COPIED, ids=str)
 def test_a_copy_goes_its_own_way(row, how):
     one = drive(row)
     one.run(range(5))

@@ -163,6 +163,7 @@ class GradientBalancer(Balancer):
 
     def reset(self) -> None:
         self._gradient_level: GradientLevel | None = None
+        self._given: list[Tensor] = []  # what the last call compared gradients at
         self._known_heads: dict[str, Any] = {}  # of a loaded state
         self._batchable: bool | None = None
         self._why_loop = ""
@@ -484,6 +485,7 @@ class GradientBalancer(Balancer):
                 + (" with level='features'" if name == "features" else "")
                 + f", got {inputs}"
             )
+        self._given = inputs  # frozen ones included
         inputs = trainable(name, inputs)
         if name == "features" and batch.shared is not None:
             batch.shared = trainable("shared_parameters", batch.shared)
@@ -553,7 +555,13 @@ class GradientBalancer(Balancer):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold no gradients: the level shows another model's parameters."""
         known = self._heads_for_state()
-        return {**self.__dict__, "_gradient_level": None, "_captured": [], "_known_heads": known}
+        return {
+            **self.__dict__,
+            "_gradient_level": None,
+            "_given": [],
+            "_captured": [],
+            "_known_heads": known,
+        }
 
     def _options(self) -> dict[str, Any]:
         options = {"level": (self.level, "parameters"), "heads": (self.heads, "own")}

@@ -99,8 +99,8 @@ class GradientLevel:
         self._inputs = list(inputs)
         self._trunk = trunk
         self.seed = seed
-        self._targets = [inputs[k] for k in self._order]
-        self.gradients.rebind(self._targets)
+        self.targets = [inputs[k] for k in self._order]
+        self.gradients.rebind(self.targets)
 
     def gram(self) -> Tensor:
         """Inner products (T, T) of the tasks' gradients, float64 on the device, new memory."""
@@ -166,11 +166,16 @@ class GradientLevel:
         """Zeros like the task rows, in the precision that state is kept in."""
         return [layout.rows(self.joint, state_dtype(layout.dtype)) for layout in self.layouts]
 
+    def stacked_views(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """The pieces (T, *shape) of rows like the task rows, one for each of `targets`."""
+        each = zip(self.layouts, rows, strict=True)
+        return [view for layout, own in each for view in layout.stacked_views(own)]
+
     def keep_old_grads(self) -> None:
         """A `.grad` that still shows these buffers gets memory of its own before they change."""
         shown = [(p, views[0]) for (_, p), views in zip(self.heads, self._head_views, strict=True)]
         if not self.at_features:
-            shown += zip(self._targets, self._joint_views, strict=True)
+            shown += zip(self.targets, self._joint_views, strict=True)
         for p, view in shown:
             if p.grad is not None and p.grad.data_ptr() == view.data_ptr():
                 p.grad = p.grad.clone()
@@ -188,7 +193,7 @@ class GradientLevel:
         hits = [
             (p, view)
             for p, view, hit in zip(
-                self._targets, self._joint_views, gradients.reached_now, strict=True
+                self.targets, self._joint_views, gradients.reached_now, strict=True
             )
             if hit
         ]
