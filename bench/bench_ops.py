@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastmto import ops
 from fastmto.ops import philox
-from fastmto.optim.rules import Adam
+from fastmto.ops.rules import Adam
 from fastmto.reference import updates as reference
 
 # torch.compile imports what torch itself has deprecated.

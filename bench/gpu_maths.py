@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastmto.optim.rules import Adam, Clippy
+from fastmto.ops.rules import Adam, Clippy
 
 RULE, STEP, LR = Adam(), 7, 1e-3
 CLIPPY = Clippy()

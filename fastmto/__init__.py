@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .marigold.functional import FunctionalClosure as FunctionalClosure
     from .methods import available as available
     from .ops import philox as philox
-    from .optim import rules as rules
+    from .ops import rules as rules
     from .optim.adatask import AdaTask as AdaTask
     from .optim.clippy_adam import ClippyAdam as ClippyAdam
     from .optim.graphed import GraphedStep as GraphedStep
@@ -49,7 +49,7 @@ _PUBLIC = {
     "get": "balancers.registry:get",
     "integrations": "integrations",
     "philox": "ops.philox",
-    "rules": "optim.rules",
+    "rules": "ops.rules",
     "solvers": "solvers",
     "weightings": "weightings",
 }

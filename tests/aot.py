@@ -24,8 +24,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from fastmto.ops.rules import AdaGrad, Adam, RMSProp, Rule
 from fastmto.ops.triton import backend as gpu
-from fastmto.optim.rules import AdaGrad, Adam, RMSProp, Rule
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 #: Coordinates and row stride, a multiple of 16, as FlatParameters makes them.

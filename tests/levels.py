@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import fastmto
 from fastmto.balancers import GramBalancer, Info
-from fastmto.optim.rules import AdaGrad, RMSProp
+from fastmto.ops.rules import AdaGrad, RMSProp
 from fastmto.weightings import MGDA, Bargaining, Constant, Equal
 
 #: Tasks of every row.

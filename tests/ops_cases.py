@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastmto.optim.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
+from fastmto.ops.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
 from fastmto.reference.updates import State, advance, clippy_factor
 
 RULES: dict[str, Rule] = {

@@ -12,7 +12,7 @@ from problems import gradients, linear_loss, net, parameters
 from torch import Tensor, nn
 
 import fastmto
-from fastmto.optim.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
+from fastmto.ops.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
 from fastmto.reference import updates as reference
 
 RULES = [Adam(), AdaGrad(initial_accumulator_value=0.1), RMSProp(momentum=0.9, centered=True)]

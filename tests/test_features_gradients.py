@@ -27,7 +27,7 @@ from problems import net
 from torch import Tensor, nn
 
 import fastmto
-from fastmto.optim.rules import Adam
+from fastmto.ops.rules import Adam
 from fastmto.reference import updates as reference
 
 EVERY_ROW = [*SOME_UPDATES, *BALANCERS]

@@ -20,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastmto
-from fastmto.engine import device
+from fastmto.ops import device
 from fastmto.optim.graphed import Graph
 
 close = torch.testing.assert_close
 NASH = ON_DEVICE[0]
 #: Modules that ask whether a graph is being captured.
 ASK = (
-    "engine.device",
+    "ops.device",
     "engine.heads",
     "engine.search",
     "optim.update_balancer",

@@ -12,7 +12,7 @@ from levels import HELD, ON_DEVICE, REGULAR, UPDATES, Linear, T, Update, drive, 
 from torch import nn
 
 import fastmto
-from fastmto.optim.rules import RMSProp
+from fastmto.ops.rules import RMSProp
 from fastmto.weightings import Constant
 
 close = torch.testing.assert_close

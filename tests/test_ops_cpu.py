@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmto import ops, solvers
 from fastmto.ops import _kernels, cpu
-from fastmto.optim.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
+from fastmto.ops.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
 
 BASELINE, V3, V4 = 1, 2, 3
 ISAS = [isa for isa in (BASELINE, V3, V4) if _kernels.supported(isa)]

@@ -30,7 +30,7 @@ from ops_cases import (
 from reads import NothingIsRead
 
 from fastmto.ops import cpu
-from fastmto.optim.rules import Adam, Clippy
+from fastmto.ops.rules import Adam, Clippy
 
 pytest.importorskip("triton")
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastmto import ops
 from fastmto.ops import philox
-from fastmto.optim.rules import AdaGrad, Adam, Clippy, Numbers
+from fastmto.ops.rules import AdaGrad, Adam, Clippy, Numbers
 
 pytest.importorskip("triton")
 

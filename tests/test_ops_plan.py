@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmto import ops
 from fastmto.ops.plan import Entry, GradientPlan, Plan
-from fastmto.optim.rules import Adam, Clippy, Hyper, Numbers, RMSProp, Rule
+from fastmto.ops.rules import Adam, Clippy, Hyper, Numbers, RMSProp, Rule
 
 BOUNDS = (0.5, 0.01)
 # Past one block of 512, odd; two runs of the shared parameters, heads of one and several tensors.

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastmto import ops
 from fastmto.ops import cpu
-from fastmto.optim.rules import Adam, Clippy, RMSProp
+from fastmto.ops.rules import Adam, Clippy, RMSProp
 
 # torch.compile and opcheck import what torch itself has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -31,7 +31,7 @@ from ops_cases import (
 )
 from torch import Tensor
 
-from fastmto.optim.rules import Clippy, Numbers, Rule
+from fastmto.ops.rules import Clippy, Numbers, Rule
 
 pytest.importorskip("triton")
 

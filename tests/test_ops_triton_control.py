@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmto.optim.rules import AdaGrad, Adam, Hyper, Numbers, RMSProp, Rule
+from fastmto.ops.rules import AdaGrad, Adam, Hyper, Numbers, RMSProp, Rule
 
 pytest.importorskip("triton")
 

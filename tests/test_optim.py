@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastmto
 from fastmto.errors import NonFiniteError, SolverError
-from fastmto.optim.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
+from fastmto.ops.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
 from fastmto.optim.update_balancer import UpdateBalancer
 from fastmto.reference import updates as reference
 

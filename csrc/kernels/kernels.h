@@ -118,7 +118,7 @@ bool all_finite(DType dtype, std::int64_t rows, std::int64_t numel, Matrix value
                 Isa isa);
 
 // numbers (rows) of hyper at step counts + 1 where active, else 0; found (1) is set to 0. The bits
-// are those of fastmto.optim.rules.Rule.numbers.
+// are those of fastmto.ops.rules.Rule.numbers.
 void step_constants(int rows, const Hyper* hyper, const std::int64_t* counts,
                     const std::int32_t* active, Numbers* numbers, std::int32_t* found);
 

@@ -1,5 +1,5 @@
-// The update rules' element formulas, each once (fastmto/rules.py has them in words and says what
-// the numbers are). Part of loops.h.
+// The update rules' element formulas, each once (fastmto/ops/rules.py has them in words and says
+// what the numbers are). Part of loops.h.
 //
 // A rule holds broadcast constants. update(s, g): u of gradient g with the moments s held fixed.
 // advance(s, g): one step of s on g. States in the order of the rule's state_names. Where a quotient

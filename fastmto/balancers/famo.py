@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import check_number
 from ..engine.balancer import Batch
-from ..engine.device import uncompiled
+from ..engine.compiler import uncompiled
 from ..engine.losses import Losses, as_list, first_nonfinite
 from ..engine.per_task import TaskAdam, like, put, take
 from ..errors import NonFiniteError, warn

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from ..checks import check_choice
 from ..engine.balancer import Balancer, Batch, Info
-from ..engine.device import capturing
 from ..engine.gradient_level import GradientLevel
 from ..engine.graph import graph_leaves
 from ..engine.search import Decision, Search, only
 from ..engine.survey import Head, heads_of, survey, trainable
 from ..errors import NonFiniteError, SolverError, warn
+from ..ops.device import capturing
 from ..weightings import DeviceSolver, Weighting, as_weighting
 from ..weightings.base import DecidesOnHost
 

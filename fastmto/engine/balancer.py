@@ -27,7 +27,7 @@ from torch.nn import Parameter
 from ..checks import check_choice, check_number, check_scaler
 from ..errors import NonFiniteError, warn
 from .caches import forget_weight_copies
-from .device import tell_compiler, uncompiled
+from .compiler import tell_compiler, uncompiled
 from .graph import graph_leaves
 from .losses import Losses, as_list, what_is_wrong
 from .per_task import take

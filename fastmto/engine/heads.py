@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device import capturing
+from ..ops.device import capturing
 
 #: What is known of a task's heads: nothing until its gradients on all heads were looked at, then
 #: whether its last own backward reached any of its own.

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, SolverError, warn
+from ..ops.device import Constants, capturing
 from ..solvers import STATUSES, Result
 from ..weightings import DeviceSolver, Weighting
 from ..weightings.base import KAPPA_LIMIT_FLOAT32, is_solved, joint_length, result_of
-from .device import Constants, capturing
 
 SCALES = ("mean_norm", "rms", "sum", "none")
 NOT_FINITE = STATUSES.index("not_finite")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import weightings
 from ..engine.balancer import Balancer, Batch, Info
-from ..engine.device import uncompiled
+from ..engine.compiler import uncompiled
 from ..engine.losses import Losses, as_list
 from ..engine.survey import trainable
 from ..errors import NonFiniteError, SolverError, warn

@@ -10,7 +10,7 @@ takes the ops as they are. plan.py has the same passes on the CPU without checks
 Shapes and dtypes, the same for all ops; all tensors of a call lie on one device:
 
     kind            number of the rule's element formula, `Rule.kind`
-    numbers (R, 11) float64, contiguous: rows of `fastmto.optim.rules.Numbers`. R = 1 where the
+    numbers (R, 11) float64, contiguous: rows of `fastmto.ops.rules.Numbers`. R = 1 where the
                     tasks share the moments, R = T where every task keeps its own (AdaTask): a row
                     that is not active is a task that takes no part: its Gram row and column are 0,
                     its sigma 1, its moments are unchanged and its weight counts as 0
@@ -25,11 +25,11 @@ Shapes and dtypes, the same for all ops; all tensors of a call lie on one device
     sigma   (T, S)  float64, contiguous; Clippy's factors, one per task and tensor
     segments (S+1,) int64; tensor s owns coordinates segments[s] to segments[s+1],
                     segments[0] = 0, segments[S] = P, none before its predecessor
-    clippy          (lambda_rel, lambda_abs) of `fastmto.optim.rules.Clippy`, or None
+    clippy          (lambda_rel, lambda_abs) of `fastmto.ops.rules.Clippy`, or None
     skip    (1,)    int32, or None: where it is not 0 the op writes nothing but gram and sigma
     found   (1,)    int32
 
-u_i is the update that the rule makes of g_i with the old moments (optim/rules.py).
+u_i is the update that the rule makes of g_i with the old moments (rules.py).
 
 The maths is float32 for float32, bfloat16 and float16 inputs, and float64 for float64. Gram sums
 run in blocks in that precision and are combined in float64. All reductions have a fixed order:
@@ -160,7 +160,7 @@ def check(grads: Tensor, found: Tensor) -> None:
 def step_constants(
     hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found: Tensor
 ) -> None:
-    """numbers_r <- the numbers of `hyper` (R, 7), rows of `fastmto.optim.rules.Hyper`, at step
+    """numbers_r <- the numbers of `hyper` (R, 7), rows of `fastmto.ops.rules.Hyper`, at step
     counts_r + 1, where active_r, else zeros; found <- 0.
 
     counts (R,) int64, active (R,) int32. c1 and c2 are at least as exact as 1 - b^t formed in

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..optim.rules import AdaGrad, Adam, Hyper, Numbers, RMSProp, Rule
 from . import MAX_SOLVED_TASKS
+from .rules import AdaGrad, Adam, Hyper, Numbers, RMSProp, Rule
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 #: Columns of `numbers`.

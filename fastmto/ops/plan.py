@@ -72,7 +72,7 @@ class Plan(_Addresses):
     parameter whose storage is replaced needs a new plan.
 
     Args:
-        hyper: (R, 7) float64, rows of `fastmto.optim.rules.Hyper`; read at every step.
+        hyper: (R, 7) float64, rows of `fastmto.ops.rules.Hyper`; read at every step.
         counts: (R,) int64, the steps made; counted up by every step, where its row is active.
         tally: (2,) int64; the first counts all steps.
         shared: entries whose rows of gradients belong to the tasks.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..ops.rules import Clippy, Rule
 from .groups import Parameters, TaskParameters
-from .rules import Clippy, Rule
 from .update_balancer import UpdateBalancer
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import ops
-from ..engine.device import Constants
 from ..engine.flat import as_vector, laid_like, state_dtype
 from ..errors import NonFiniteError
+from ..ops.device import Constants
+from ..ops.rules import Adam, Clippy, Rule
 from .group_rules import GroupRules, check_state_names
 from .groups import Parameters, check_distinct, check_lr, groups_of
-from .rules import Adam, Clippy, Rule
 
 
 class ClippyAdam(torch.optim.Optimizer):

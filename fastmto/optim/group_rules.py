@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from .rules import Rule
+from ..ops.rules import Rule
 
 
 class GroupRules:

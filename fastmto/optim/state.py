@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..engine.device import upload
+from ..ops.device import upload
 
 if TYPE_CHECKING:
     from .update_balancer import UpdateBalancer

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from ..checks import check_choice, check_scaler
 from ..engine.caches import forget_weight_copies
-from ..engine.device import capturing, tell_compiler, uncompiled
+from ..engine.compiler import tell_compiler, uncompiled
 from ..engine.gradients import TaskGradients
 from ..engine.graph import leaves
 from ..engine.losses import Losses, as_list, first_nonfinite, what_is_wrong
 from ..engine.search import SCALES, Search
 from ..engine.survey import survey
 from ..errors import NonFiniteError, warn
+from ..ops.device import capturing
+from ..ops.rules import Clippy, Rule, as_rule
 from ..solvers import Result
 from ..weightings import DeviceSolver, Weighting, as_weighting
 from . import state
@@ -27,7 +29,6 @@ from .clipping import Clipping
 from .group_rules import GroupRules
 from .groups import Parameters, TaskParameters, check_lr, more_heads, param_groups
 from .pending import Pending
-from .rules import Clippy, Rule, as_rule
 from .update_level import UpdateLevel
 
 GramWeighting = Weighting | Callable[[Tensor], Tensor]

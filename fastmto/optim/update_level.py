@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import ops
-from ..engine.device import Constants, upload
 from ..engine.flat import FlatParameters, own_storage, state_dtype
 from ..engine.gradients import TaskGradients
+from ..ops.device import Constants, upload
 from ..ops.plan import Entry, Plan
+from ..ops.rules import Clippy, Hyper, Numbers, Rule
 from .group_rules import GroupRules, check_state_names
 from .groups import check_lr
-from .rules import Clippy, Hyper, Numbers, Rule
 
 
 class Clock:

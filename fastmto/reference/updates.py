@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..optim.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
+from ..ops.rules import AdaGrad, Adam, Clippy, RMSProp, Rule
 
 State = dict[str, Tensor]
 

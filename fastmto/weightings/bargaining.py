@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..engine.device import Constants
+from ..ops.device import Constants
 from ..solvers import Result, bargaining
 from .base import DeviceSolver, SolverWeighting, as_preference, check_tasks, of_tasks
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..engine.device import Constants
+from ..ops.device import Constants
 from .base import DeviceSolver, Weighting, check_tasks
 
 

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...optim.rules import Hyper, Numbers
 from .. import MAX_SOLVED_TASKS, perturbation
+from ..rules import Hyper, Numbers
 
 if importlib.util.find_spec("triton") is None:
     raise ImportError(

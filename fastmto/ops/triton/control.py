@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...optim.rules import Hyper, Numbers
+from ..rules import Hyper, Numbers
 from .launch import Tiling, launch, programs_for, working_type
 
 N_HYPER = tl.constexpr(len(Hyper._fields))

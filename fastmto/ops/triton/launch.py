@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...engine.device import capturing, current
+from ..device import capturing, current
 
 #: Up to this many tasks a loop over them is unrolled whole.
 MAX_UNROLLED_T = 8

@@ -1,6 +1,6 @@
 """The element formulas of the update rules for Triton: the third and last place they stand in.
 
-Equations and notation: fastmto/rules.py; judge: fastmto/reference.py. A rule's state travels as a
+Equations and notation: ops/rules.py; judge: reference/updates.py. A rule's state travels as a
 tuple of blocks in the order of `rule.state_names`, its coefficients as a tuple of scalars.
 
     kind 0  Adam       (m, v)      kind 3  RMSProp with momentum            (v, b)
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...optim.rules import Numbers
+from ..rules import Numbers
 
 #: Kind of the passes over the gradients as they are.
 NO_RULE = tl.constexpr(6)

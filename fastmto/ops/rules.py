@@ -1,7 +1,7 @@
 """Update rules: what an optimizer would do with one task's gradient.
 
 A rule is a small frozen data class of hyperparameters. Its element formula exists three times
-only: in `reference.py`, in `csrc/kernels/rules.h` and in `ops/triton_rules.py`; the last two are
+only: in `reference/updates.py`, `csrc/kernels/rules.h` and `ops/triton/rules.py`; the last two are
 tested against the first. The ops read a rule as `kind` and `numbers(step, ...)`.
 
 Notation of all three rules, with the shared moments of the last step held fixed
@@ -258,6 +258,6 @@ def as_rule(rule: str | Rule) -> Rule:
         return rule
     if rule not in RULES:
         raise ValueError(
-            f"rule must be one of {', '.join(RULES)} or a fastmto.optim.rules.Rule, got {rule!r}"
+            f"rule must be one of {', '.join(RULES)} or a fastmto.ops.rules.Rule, got {rule!r}"
         )
     return RULES[rule]()
