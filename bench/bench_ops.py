@@ -78,7 +78,7 @@ def make_sets(n_tasks: int, numel: int) -> list[Buffers]:
 
 
 def ours_search(b: Buffers) -> Tensor:
-    CPU.search(RULE.kind, NUMBERS, b.grads, [b.m, b.v], b.gram)
+    CPU.update_gram(RULE.kind, NUMBERS, b.grads, [b.m, b.v], b.gram)
     return b.gram
 
 
@@ -92,7 +92,7 @@ def op_apply(b: Buffers) -> None:
 
 
 def ours_delayed(b: Buffers) -> None:
-    CPU.delayed(RULE.kind, NUMBERS, b.grads, [b.m, b.v], b.theta, b.weights, b.gram)
+    CPU.apply_and_gram(RULE.kind, NUMBERS, b.grads, [b.m, b.v], b.theta, b.weights, b.gram)
 
 
 C = RULE.coefficients(STEP)

@@ -144,7 +144,7 @@ def ours(case: Case, b: Buffers) -> None:
             if clippy
             else {}
         )
-        ops.search(kind, b.numbers, big["grads"], [big["m"], big["v"]], b.gram, **extra)
+        ops.update_gram(kind, b.numbers, big["grads"], [big["m"], big["v"]], b.gram, **extra)
     elif case.base == "apply":
         extra = {"segments": b.segments, "sigma": b.sigma} if clippy else {}
         ops.apply(
@@ -153,7 +153,7 @@ def ours(case: Case, b: Buffers) -> None:
         )  # fmt: skip
     elif case.base == "delayed":
         extra = {"clippy": LAMBDAS, "segments": b.segments, "sigma": b.sigma} if clippy else {}
-        ops.delayed(
+        ops.apply_and_gram(
             kind, b.numbers, big["grads"], [big["m"], big["v"]], big["params"], b.weights, b.gram,
             skip=b.found, **extra,
         )  # fmt: skip

@@ -14,6 +14,15 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def check_initialized(name: str, p: torch.Tensor) -> None:
+    """Refuse a parameter of a lazy module that has not seen a batch yet."""
+    if torch.nn.parameter.is_lazy(p):
+        raise ValueError(
+            f"{name} must have a shape, got an {type(p).__name__} of a lazy module: run one "
+            "forward pass before it is given to an optimizer or a balancer"
+        )
+
+
 def check_scaler(scaler: object) -> torch.amp.GradScaler | None:
     """A GradScaler that is in use; None for None and for one that is disabled."""
     if scaler is None:

@@ -215,10 +215,10 @@ def compile_control(record: Recorder) -> None:
         numbers = gpu_numbers(Adam(), rows)
         counts, active = torch.zeros(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.int32)
         found, tally = torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
-        record.case = f"clock R={rows}"
-        gpu.clock(torch.zeros(rows, 7, dtype=double), counts, active, numbers, found)
-        record.case = f"advance R={rows}"
-        gpu.advance(counts, active, found, tally)
+        record.case = f"step_constants R={rows}"
+        gpu.step_constants(torch.zeros(rows, 7, dtype=double), counts, active, numbers, found)
+        record.case = f"count_step R={rows}"
+        gpu.count_step(counts, active, found, tally)
 
 
 def compile_solvers(record: Recorder, whole: bool) -> None:
@@ -241,41 +241,41 @@ def gpu_numbers(rule: Rule, rows: int) -> Tensor:
 
 def compile_rules(record: Recorder, whole: bool) -> None:
     adam, adagrad, rmsprop = Adam(), AdaGrad(), RMSProp(momentum=0.9, centered=True)
-    search, delayed, moved = ("search",), ("delayed",), ("apply",)
-    every = (*search, *delayed, *moved)
+    gram, both, moved = ("update_gram",), ("apply_and_gram",), ("apply",)
+    every = (*gram, *both, *moved)
     configurations: list[tuple[str, torch.dtype, int, Rule, tuple[str, ...]]] = [
         ("", single, 2, adam, every),
-        ("", single, 8, adam, search + delayed),
+        ("", single, 8, adam, gram + both),
         ("", single, 32, adam, every),
-        ("", double, 16, adam, delayed),
-        ("adatask", single, 8, adam, delayed + moved),
+        ("", double, 16, adam, both),
+        ("adatask", single, 8, adam, both + moved),
         ("clippy", single, 2, adam, moved),
-        ("clippy", single, 8, adam, search),
-        ("both", half, 2, adam, delayed),
+        ("clippy", single, 8, adam, gram),
+        ("both", half, 2, adam, both),
     ]
     if whole:
         configurations += [
-            ("", single, 3, adam, delayed),
+            ("", single, 3, adam, both),
             ("", single, 8, adam, moved),
-            ("", single, 64, adam, delayed),
-            ("", single, 128, adam, search),
-            *(("", single, 2, rule, delayed) for rule in (adagrad, RMSProp())),
-            ("", single, 2, rmsprop, delayed + moved),
+            ("", single, 64, adam, both),
+            ("", single, 128, adam, gram),
+            *(("", single, 2, rule, both) for rule in (adagrad, RMSProp())),
+            ("", single, 2, rmsprop, both + moved),
             ("", half, 2, adam, every),
-            ("", half, 8, adam, delayed),
-            ("", half, 16, adam, delayed),
-            ("", double, 2, adam, search + moved),
-            ("", double, 8, adam, delayed),
+            ("", half, 8, adam, both),
+            ("", half, 16, adam, both),
+            ("", double, 2, adam, gram + moved),
+            ("", double, 8, adam, both),
             ("adatask", single, 2, adam, every),
-            ("adatask", single, 32, adam, search),
-            ("adatask", half, 2, adam, search),
-            ("adatask", double, 2, adam, delayed),
-            ("clippy", single, 2, adam, delayed),
-            ("clippy", single, 8, adam, delayed),
-            ("clippy", single, 32, adam, search),
-            ("clippy", single, 2, rmsprop, delayed),
-            ("clippy", half, 2, adam, search),
-            ("clippy", double, 2, adam, delayed),
+            ("adatask", single, 32, adam, gram),
+            ("adatask", half, 2, adam, gram),
+            ("adatask", double, 2, adam, both),
+            ("clippy", single, 2, adam, both),
+            ("clippy", single, 8, adam, both),
+            ("clippy", single, 32, adam, gram),
+            ("clippy", single, 2, rmsprop, both),
+            ("clippy", half, 2, adam, gram),
+            ("clippy", double, 2, adam, both),
             ("both", single, 2, adam, moved),
         ]
     for modifier, dtype, n_tasks, rule, passes in configurations:
@@ -288,7 +288,7 @@ def compile_one_coordinate(record: Recorder) -> None:
     """One coordinate in one tensor: nothing to bisect, and sizes that Triton may make constants."""
     for n_tasks in (2, 9):
         record.case = f"one T={n_tasks}"
-        compile_pass("delayed", single, n_tasks, Adam(), "clippy", numel=1)
+        compile_pass("apply_and_gram", single, n_tasks, Adam(), "clippy", numel=1)
 
 
 def compile_pass(
@@ -314,15 +314,17 @@ def compile_pass(
         borders = [0, 1, 65, 2000, numel] if numel > 2000 else [0, numel]
         factors["segments"] = torch.tensor(borders)
         factors["sigma"] = torch.ones(n_tasks, len(borders) - 1, dtype=double)
-    if name == "search":
+    if name == "update_gram":
         changes = {**factors, "clippy": (0.5, 0.01), "params": params} if clipped else {}
-        gpu.search(rule.kind, numbers, grads, state, gram, **changes)
+        gpu.update_gram(rule.kind, numbers, grads, state, gram, **changes)
     elif name == "apply":
         gpu.apply(rule.kind, numbers, grads, state, params, weights, **factors, skip=skip)
     else:
         if clipped:
             factors["clippy"] = (0.5, 0.01)
-        gpu.delayed(rule.kind, numbers, grads, state, params, weights, gram, **factors, skip=skip)
+        gpu.apply_and_gram(
+            rule.kind, numbers, grads, state, params, weights, gram, **factors, skip=skip
+        )
 
 
 def main(target: str) -> None:

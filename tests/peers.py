@@ -6,6 +6,8 @@ import re
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -96,3 +98,35 @@ class Batches:
         return next(self._left)
 
     next = __next__
+
+
+class Vision(ModuleType):
+    """A torchvision of which only names are wanted."""
+
+    __version__ = "0"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return object
+
+
+@contextmanager
+def torchvision(names: bool) -> Iterator[None]:
+    """A CUDA build of torchvision beside a CPU build of torch fails when it is imported, which ends
+    other packages' imports: it is hidden, or replaced by names."""
+    with pytest.MonkeyPatch.context() as patch:
+        for part in ("", ".transforms", ".models") if names else ("",):
+            module = f"torchvision{part}"
+            patch.setitem(sys.modules, module, Vision(module) if names else None)
+        yield
+
+
+def lightning() -> ModuleType:
+    """Lightning, whose metrics want no more of torchvision than names."""
+    with torchvision(names=True):
+        return pytest.importorskip("lightning", reason="the ecosystem extra is not installed")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,3 +60,13 @@ class NothingGoesToTheHost(TorchFunctionMode):
         assert pinned or func not in self.WAITS, f"{func} waits for the device"
         assert "cpu" not in args[1:], f"{func} to the host"
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def nothing_is_read(reads: bool = False) -> Iterator[None]:
+    """Both guards; neither if it `reads`."""
+    if reads:
+        yield
+        return
+    with NothingIsRead(), NothingGoesToTheHost():
+        yield

@@ -209,15 +209,15 @@ def spoiled(op: Callable[..., None], at: Callable[[tuple, dict], torch.Tensor]) 
 
 
 OUTPUTS: dict[str, tuple[str, Callable[[tuple, dict], torch.Tensor]]] = {
-    "search": ("search", lambda args, _: args[4]),
-    "search_clippy": ("search", lambda _, options: options["sigma"]),
-    "search_adatask": ("search", lambda args, _: args[4]),
+    "search": ("update_gram", lambda args, _: args[4]),
+    "search_clippy": ("update_gram", lambda _, options: options["sigma"]),
+    "search_adatask": ("update_gram", lambda args, _: args[4]),
     "apply": ("apply", lambda args, _: args[4]),
     "apply_clippy": ("apply", lambda args, _: args[3][0]),
     "apply_adatask": ("apply", lambda args, _: args[3][1]),
-    "delayed": ("delayed", lambda args, _: args[6]),
-    "delayed_clippy": ("delayed", lambda args, _: args[4]),
-    "delayed_adatask": ("delayed", lambda args, _: args[3][0]),
+    "delayed": ("apply_and_gram", lambda args, _: args[6]),
+    "delayed_clippy": ("apply_and_gram", lambda args, _: args[4]),
+    "delayed_adatask": ("apply_and_gram", lambda args, _: args[3][0]),
     "combine": ("combine", lambda args, _: args[2]),
     "gram": ("gram", lambda args, _: args[1]),
     "perturb_given": ("perturb", lambda args, _: args[1]),

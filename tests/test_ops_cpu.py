@@ -38,14 +38,14 @@ def two_threads(one_thread: None) -> None:
     torch.set_num_threads(2)
 
 
-def search(inputs: Inputs, isa: int = 0) -> tuple[Tensor, Tensor | None]:
+def update_gram(inputs: Inputs, isa: int = 0) -> tuple[Tensor, Tensor | None]:
     """The Gram, and sigma with Clippy."""
     gram, sigma = inputs.poisoned_gram(), inputs.poisoned_sigma()
     head = inputs.kind, inputs.numbers, inputs.grads, inputs.state, gram
     if inputs.clippy is None:
-        cpu.search(*head, isa=isa)
+        cpu.update_gram(*head, isa=isa)
         return gram, None
-    cpu.search(
+    cpu.update_gram(
         *head,
         clippy=inputs.lambdas,
         params=inputs.params,
@@ -71,12 +71,12 @@ def apply(inputs: Inputs, sigma: Tensor | None, isa: int = 0, skip: Tensor | Non
     )
 
 
-def delayed(
+def apply_and_gram(
     inputs: Inputs, isa: int = 0, skip: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     gram = inputs.poisoned_gram()
     sigma = None if inputs.clippy is None else inputs.poisoned_sigma()
-    cpu.delayed(
+    cpu.apply_and_gram(
         inputs.kind,
         inputs.numbers,
         inputs.grads,
@@ -115,7 +115,7 @@ def combine(inputs: Inputs, isa: int = 0) -> Tensor:
 def everything(inputs: Inputs, isa: int = 0) -> list[Tensor]:
     """All that the ops write, on copies of the inputs."""
     done = inputs.clone()
-    gram, sigma = search(done, isa)
+    gram, sigma = update_gram(done, isa)
     apply(done, sigma, isa)
     optional = [] if sigma is None else [sigma]
     of_gradients = gradient_gram(inputs, isa)
@@ -137,7 +137,7 @@ def check(inputs: Inputs, isa: int = 0) -> None:
     """search, apply, delayed, gram and combine against the reference, outputs poisoned first."""
     before, done = inputs.clone(), inputs.clone()
     dtype = inputs.grads.dtype
-    gram, sigma = search(done, isa)
+    gram, sigma = update_gram(done, isa)
     assert same_bits([done.params, *done.state], [before.params, *before.state])
     if sigma is not None:
         low, high = ops_cases.expected_sigma(inputs)
@@ -154,7 +154,7 @@ def check(inputs: Inputs, isa: int = 0) -> None:
     assert torch.equal(done.grads, before.grads)
 
     both = inputs.clone()
-    gram_too, sigma_too = delayed(both, isa)
+    gram_too, sigma_too = apply_and_gram(both, isa)
     assert same_bits([gram_too, both.params, *both.state], [gram, done.params, *done.state])
     assert sigma is None or (sigma_too is not None and torch.equal(sigma, sigma_too))
 
@@ -298,7 +298,7 @@ def test_gram_of_a_million_coordinates_to_1e_8(isa: int) -> None:
         return s[:, None] * g * s
 
     for gram, (expected, _) in (
-        (search(inputs, isa)[0], ops_cases.expected_gram(inputs)),
+        (update_gram(inputs, isa)[0], ops_cases.expected_gram(inputs)),
         (gradient_gram(inputs, isa), ops_cases.expected_gradient_gram(inputs)),
     ):
         assert (correlation(gram) - correlation(expected)).abs().max() < 2e-8
@@ -321,7 +321,7 @@ def test_gram_of_nearly_parallel_gradients(isa: int) -> None:
 def test_absent_tasks() -> None:
     inputs = build(Case(Adam(), 3, NUMEL, clippy=Clippy(), adatask=True, step=[0, 0, 0], lr=0.5))
     done = inputs.clone()
-    gram, sigma = search(done)
+    gram, sigma = update_gram(done)
     assert (gram == 0).all()
     assert sigma is not None
     assert (sigma == 1).all()
@@ -330,7 +330,7 @@ def test_absent_tasks() -> None:
 
     lonely = build(Case(Adam(), 3, NUMEL, adatask=True, step=[0, 4, 0]))
     check(lonely)
-    gram, _ = search(lonely)
+    gram, _ = update_gram(lonely)
     assert gram[1, 1] > 0
     assert gram.count_nonzero() == 1
 
@@ -340,7 +340,7 @@ def test_no_task_takes_part_in_a_step_of_shared_moments(clippy: Clippy | None) -
     """A row that is not active, where it is the only one."""
     inputs = build(Case(Adam(), 3, NUMEL, clippy=clippy, step=0, lr=0.5, weight_decay=0.1))
     done = inputs.clone()
-    gram, sigma = search(done)
+    gram, sigma = update_gram(done)
     assert (gram == 0).all()
     assert sigma is None or (sigma == 1).all()
     apply(done, sigma)
@@ -360,9 +360,9 @@ def test_clippy_takes_the_rate_of_the_tasks_own_row() -> None:
         build(Case(Adam(), 3, NUMEL, clippy=Clippy(), adatask=True, step=[0, 4, 5], lr=lr))
         for lr in (0.2, 0.4)
     )
-    (_, sigma), (_, sigma_faster) = search(inputs), search(faster)
+    (_, sigma), (_, sigma_faster) = update_gram(inputs), update_gram(faster)
     inputs.numbers[2] = faster.numbers[2]
-    _, mixed = search(inputs)
+    _, mixed = update_gram(inputs)
     assert sigma is not None
     assert sigma_faster is not None
     assert mixed is not None
@@ -375,7 +375,7 @@ def test_clippy_takes_the_rate_of_the_tasks_own_row() -> None:
 @pytest.mark.parametrize("clippy", [None, Clippy(0.3, 0.01)], ids=["plain", "clippy"])
 def test_a_skipped_step_writes_gram_and_sigma_only(clippy: Clippy | None, adatask: bool) -> None:
     inputs = build(Case(Adam(), 3, NUMEL, clippy=clippy, adatask=adatask, lr=0.2, weight_decay=0.1))
-    gram, sigma = search(inputs)
+    gram, sigma = update_gram(inputs)
     moved = inputs.clone()
     apply(moved, sigma)
     for value in (0, 1, -7):
@@ -385,7 +385,7 @@ def test_a_skipped_step_writes_gram_and_sigma_only(clippy: Clippy | None, adatas
         apply(done, sigma, skip=skip)
         assert same_bits([done.params, *done.state], [expected.params, *expected.state])
         done = inputs.clone()
-        gram_too, sigma_too = delayed(done, skip=skip)
+        gram_too, sigma_too = apply_and_gram(done, skip=skip)
         assert same_bits([done.params, *done.state], [expected.params, *expected.state])
         assert torch.equal(gram_too, gram)
         assert sigma is None or (sigma_too is not None and torch.equal(sigma_too, sigma))
@@ -420,7 +420,7 @@ def test_fresh_state(rule: Rule) -> None:
     inputs = build(Case(rule, 3, NUMEL, step=1))
     for moments in inputs.state:
         moments.zero_()
-    gram, _ = search(inputs)
+    gram, _ = update_gram(inputs)
     ops_cases.close(gram, ops_cases.expected_gram(inputs), torch.float32, name="gram")
     assert (gram.diagonal() > 0).all()
 
@@ -437,7 +437,7 @@ def test_no_update_leaves_clippy_at_one() -> None:
     inputs.grads.zero_()
     for moments in inputs.state:
         moments.zero_()
-    gram, sigma = search(inputs)
+    gram, sigma = update_gram(inputs)
     assert sigma is not None
     assert (sigma == 1).all()
     assert (gram == 0).all()
@@ -450,7 +450,7 @@ def test_denormal_gradients(rule: Rule, isa: int) -> None:
     for moments in inputs.state:
         moments.mul_(1e-42)
     done = inputs.clone()
-    gram, _ = search(done, isa)
+    gram, _ = update_gram(done, isa)
     apply(done, None, isa)
     assert gram.isfinite().all()
     expected = ops_cases.expected_apply(inputs)
@@ -467,7 +467,7 @@ def test_squares_that_overflow_show_in_the_gram(
     """The moments would be infinite for good: the step must be refused."""
     inputs = build(Case(rule, 2, NUMEL, dtype))
     inputs.grads[1, 5] = huge
-    gram, _ = search(inputs, isa)
+    gram, _ = update_gram(inputs, isa)
     for shown in (gram, gradient_gram(inputs, isa)):
         assert not shown[1, 1].isfinite()
         assert shown[0, 0].isfinite()
@@ -484,7 +484,7 @@ def test_a_task_that_is_not_finite_shows_in_its_own_row(
     for rule, clippy in [*((rule, None) for rule in RULES.values()), (Adam(), Clippy())]:
         inputs = build(Case(rule, 3, NUMEL, dtype, clippy=clippy, weights=[1.0, 0.0, 1.0]))
         inputs.grads[1, where] = bad
-        gram, sigma = search(inputs, isa)
+        gram, sigma = update_gram(inputs, isa)
         for shown in (gram, gradient_gram(inputs, isa)):
             finite = shown.isfinite()
             assert not finite[1, 1]
@@ -631,7 +631,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG.keys())
-@pytest.mark.parametrize("op", ["apply", "delayed"])
+@pytest.mark.parametrize("op", ["apply", "apply_and_gram"])
 def test_wrong_arguments_are_named(change: Change, message: str, op: str) -> None:
     arguments: dict[str, object] = {
         "kind": ADAM.kind,
@@ -641,7 +641,7 @@ def test_wrong_arguments_are_named(change: Change, message: str, op: str) -> Non
         "params": torch.ones(64),
         "weights": torch.ones(2, dtype=torch.float64),
     }
-    if op == "delayed":
+    if op == "apply_and_gram":
         arguments["gram"] = torch.ones(2, 2, dtype=torch.float64)
     change(arguments)
     with pytest.raises(ValueError, match=message):
@@ -674,7 +674,7 @@ def test_wrong_arguments_of_clippy_are_named(change: dict[str, Tensor], message:
     gram = arguments.pop("gram")
     head = ADAM.kind, numbers_of(ADAM, 3, 0.1), torch.ones(2, 64), [torch.ones(64), torch.ones(64)]
     with pytest.raises(ValueError, match=message):
-        cpu.search(*head, gram, clippy=(0.5, 0.01), **arguments)
+        cpu.update_gram(*head, gram, clippy=(0.5, 0.01), **arguments)
 
 
 def test_sigma_wants_its_companions() -> None:
@@ -684,7 +684,7 @@ def test_sigma_wants_its_companions() -> None:
     with pytest.raises(ValueError, match="segments must be given with sigma"):
         cpu.apply(*head, sigma=sigma)
     with pytest.raises(ValueError, match="clippy must be given with sigma"):
-        cpu.delayed(*head, inputs.poisoned_gram(), sigma=sigma)
+        cpu.apply_and_gram(*head, inputs.poisoned_gram(), sigma=sigma)
 
 
 def test_combine_checks() -> None:
@@ -722,7 +722,7 @@ def test_clock_gives_the_bits_of_the_rules_numbers() -> None:
     before = hyper.clone(), counts.clone(), active.clone()
     numbers = torch.full((n, 11), torch.nan, dtype=torch.float64)
     flag = torch.ones(1, dtype=torch.int32)
-    cpu.clock(hyper, counts, active, numbers, flag)
+    cpu.step_constants(hyper, counts, active, numbers, flag)
     expected = [
         rule.numbers(t if i % 5 else 0, lr * i, weight_decay) for i, (rule, t) in enumerate(CLOCKED)
     ]
@@ -734,11 +734,11 @@ def test_clock_gives_the_bits_of_the_rules_numbers() -> None:
 def test_advance() -> None:
     counts, active = torch.tensor([0, 5, 10**12]), torch.tensor([1, 0, 1], dtype=torch.int32)
     flag, tally = torch.zeros(1, dtype=torch.int32), torch.tensor([3, 4])
-    cpu.advance(counts, active, flag, tally)
+    cpu.count_step(counts, active, flag, tally)
     assert counts.tolist() == [1, 5, 10**12 + 1]
     assert tally.tolist() == [4, 4]
     flag[0] = 1
-    cpu.advance(counts, active, flag, tally)
+    cpu.count_step(counts, active, flag, tally)
     assert counts.tolist() == [1, 5, 10**12 + 1]
     assert tally.tolist() == [4, 5]
     assert (int(flag), active.tolist()) == (1, [1, 0, 1])
@@ -767,8 +767,8 @@ def test_wrong_arguments_of_the_clock_are_named(name: str) -> None:
     wrong, message = WRONG_CLOCK[name]
     arguments[name] = wrong
     calls = {
-        cpu.clock: ("hyper", "counts", "active", "numbers", "found"),
-        cpu.advance: ("counts", "active", "found", "tally"),
+        cpu.step_constants: ("hyper", "counts", "active", "numbers", "found"),
+        cpu.count_step: ("counts", "active", "found", "tally"),
     }
     for op, names in calls.items():
         if name in names:

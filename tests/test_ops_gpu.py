@@ -38,8 +38,8 @@ from fastmto.ops.triton import apply as triton_apply
 from fastmto.ops.triton import backend as gpu
 from fastmto.ops.triton import clippy as triton_clippy
 from fastmto.ops.triton import combine as triton_combine
+from fastmto.ops.triton import gram as triton_gram
 from fastmto.ops.triton import rules as triton_rules
-from fastmto.ops.triton import search as triton_search
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Clippy and whether every task keeps its own moments.
@@ -58,7 +58,7 @@ def inputs_of(modifier: str, n_tasks: int = 2) -> Inputs:
 
 
 def arguments(inputs: Inputs, **changes: Any) -> dict[str, Any]:
-    """Keywords of `delayed`."""
+    """Keywords of `apply_and_gram`."""
     made = {
         "kind": inputs.kind,
         "numbers": inputs.numbers,
@@ -78,14 +78,14 @@ def arguments(inputs: Inputs, **changes: Any) -> dict[str, Any]:
 
 
 def of_search(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Of the keywords of `delayed` those of `search`."""
+    """Of the keywords of `apply_and_gram` those of `update_gram`."""
     return {k: v for k, v in keywords.items() if k not in ("weights", "skip")} | (
         {} if "clippy" in keywords else {"params": None}
     )
 
 
 def of_apply(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Of the keywords of `delayed` those of `apply`."""
+    """Of the keywords of `apply_and_gram` those of `apply`."""
     return {k: v for k, v in keywords.items() if k not in ("gram", "clippy")}
 
 
@@ -94,7 +94,7 @@ def test_every_configuration_follows_the_reference(modifier: str) -> None:
     host = inputs_of(modifier)
     inputs = host.to(DEVICE)
     searched = arguments(inputs)
-    gpu.search(**of_search(searched))
+    gpu.update_gram(**of_search(searched))
     sigma = searched.get("sigma")
     close(searched["gram"], expected_gram(host, sigma), torch.float32, name="gram")
 
@@ -106,7 +106,7 @@ def test_every_configuration_follows_the_reference(modifier: str) -> None:
 
     at_once = inputs.clone()
     both = arguments(at_once)
-    gpu.delayed(**both)
+    gpu.apply_and_gram(**both)
     close_applied(at_once.params, at_once.state, expected, host)
     close(both["gram"], expected_gram(host, sigma), torch.float32, name="gram of delayed")
     assert sigma is None or torch.equal(both["sigma"], sigma)
@@ -115,7 +115,7 @@ def test_every_configuration_follows_the_reference(modifier: str) -> None:
 def test_skip() -> None:
     inputs = inputs_of("both").to(DEVICE)
     skip = torch.ones(1, dtype=torch.int32, device=DEVICE)
-    for op, select in ((gpu.apply, of_apply), (gpu.delayed, dict)):
+    for op, select in ((gpu.apply, of_apply), (gpu.apply_and_gram, dict)):
         after = inputs.clone()
         sigma = torch.ones_like(inputs.poisoned_sigma())
         op(**select(arguments(after, skip=skip, sigma=sigma)))
@@ -128,7 +128,7 @@ class Launches:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kernels: list[str] = []
-        for module in (triton_search, triton_apply, triton_clippy, triton_combine):
+        for module in (triton_gram, triton_apply, triton_clippy, triton_combine):
             monkeypatch.setattr(module, "launch", self)
 
     def __call__(self, kernel: Any, *args: Any, **constants: Any) -> None:
@@ -148,11 +148,11 @@ def test_one_launch_a_pass_and_one_more_with_clippy_and_nothing_is_read(
     skip = torch.zeros(1, dtype=torch.int32)
     launches = Launches(monkeypatch)
     before = ["factors_kernel"] if inputs.clippy is not None else []
-    search = "search_pairs" if n_tasks <= 8 else "search_tiles"
+    search = "gram_pairs" if n_tasks <= 8 else "gram_tiles"
     with NothingIsRead():
-        gpu.search(**of_search(arguments(inputs)))
+        gpu.update_gram(**of_search(arguments(inputs)))
         assert launches.take() == [*before, search]
-        gpu.delayed(**arguments(inputs, skip=skip))
+        gpu.apply_and_gram(**arguments(inputs, skip=skip))
         assert launches.take() == [*before, search]
         gpu.apply(**of_apply(arguments(inputs, skip=skip)))
         assert launches.take() == ["apply_kernel"]
@@ -217,7 +217,7 @@ def test_every_kind_has_its_number_of_states() -> None:
 def test_bad_arguments_are_named(name: str, bad: Any) -> None:
     inputs = build(Case(RULES["adam"], numel=401))
     with pytest.raises(ValueError, match=f"^{name}"):
-        gpu.delayed(**arguments(inputs, **{name: bad}))
+        gpu.apply_and_gram(**arguments(inputs, **{name: bad}))
 
 
 @pytest.mark.parametrize(
@@ -241,14 +241,14 @@ def test_bad_arguments_are_named(name: str, bad: Any) -> None:
 def test_bad_modifier_arguments_are_named(name: str, bad: Any) -> None:
     inputs = inputs_of("both")
     with pytest.raises(ValueError, match=f"^{name}"):
-        gpu.delayed(**arguments(inputs, **{name: bad}))
+        gpu.apply_and_gram(**arguments(inputs, **{name: bad}))
 
 
 def test_a_search_with_clippy_needs_the_parameters() -> None:
     keywords = of_search(arguments(inputs_of("clippy")))
     for bad in (None, torch.zeros(400)):
         with pytest.raises(ValueError, match=r"^params"):
-            gpu.search(**keywords | {"params": bad})
+            gpu.update_gram(**keywords | {"params": bad})
 
 
 def test_without_triton_the_import_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

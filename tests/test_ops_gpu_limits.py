@@ -115,7 +115,7 @@ def test_search_and_apply_reach_all_coordinates(edge: int) -> None:
     both = spread(edge, weight_decay=0.1)
     few, many = both.few, both.many
     gram = many.poisoned_gram()
-    gpu.search(many.kind, many.numbers, many.grads, many.state, gram)
+    gpu.update_gram(many.kind, many.numbers, many.grads, many.state, gram)
     close(gram, expected_gram(few), torch.bfloat16, name="gram")
     gpu.apply(many.kind, many.numbers, many.grads, many.state, many.params, many.weights)
     after = [both.at_places(s) for s in many.state]
@@ -126,7 +126,7 @@ def test_delayed_and_clippy_reach_all_coordinates(edge: int) -> None:
     both = spread(edge, clippy=Clippy(), lr=0.5)
     few, many = both.few, both.many
     gram, sigma = many.poisoned_gram(), many.poisoned_sigma()
-    gpu.delayed(
+    gpu.apply_and_gram(
         many.kind,
         many.numbers,
         many.grads,
@@ -213,12 +213,12 @@ class Loop:
     def step(self) -> None:
         module, inputs = self.module, self.inputs
         kind, grads, state = inputs.kind, inputs.grads, inputs.state
-        module.clock(self.hyper, self.counts, self.active, self.numbers, self.found)
+        module.step_constants(self.hyper, self.counts, self.active, self.numbers, self.found)
         module.check(grads, self.found)
-        module.search(kind, self.numbers, grads, state, self.gram)
+        module.update_gram(kind, self.numbers, grads, state, self.gram)
         module.bargaining(self.gram, self.weights, self.info)
         module.apply(kind, self.numbers, grads, state, inputs.params, self.weights, skip=self.found)
-        module.advance(self.counts, self.active, self.found, self.tally)
+        module.count_step(self.counts, self.active, self.found, self.tally)
 
     def everything(self) -> dict[str, Tensor]:
         """What a step writes, and what it must not."""
@@ -313,13 +313,13 @@ def calls(module: Any) -> dict[str, Callable[[], None]]:
     rows = torch.empty(2, 3001, device=DEVICE)
     passes: dict[str, Callable[[], None]] = {"step": loop.step}
 
-    def search(inputs: Inputs, rows: Tensor, **options: Any) -> None:
-        module.search(inputs.kind, rows, inputs.grads, inputs.state, gram, **options)
+    def update_gram(inputs: Inputs, rows: Tensor, **options: Any) -> None:
+        module.update_gram(inputs.kind, rows, inputs.grads, inputs.state, gram, **options)
 
     def move(inputs: Inputs, rows: Tensor, delayed: bool, **options: Any) -> None:
         head = inputs.kind, rows, inputs.grads, inputs.state, inputs.params, weights
         if delayed:
-            module.delayed(*head, gram, skip=loop.found, **options)
+            module.apply_and_gram(*head, gram, skip=loop.found, **options)
         else:
             options.pop("clippy", None)
             module.apply(*head, skip=loop.found, **options)
@@ -331,10 +331,12 @@ def calls(module: Any) -> dict[str, Callable[[], None]]:
         (" clippy", clipped, numbers, clip),
     ):
         aim = {"params": inputs.params} if options else {}
-        passes["search" + name] = lambda i=inputs, n=of_step, o=options, a=aim: search(
+        passes["update_gram" + name] = lambda i=inputs, n=of_step, o=options, a=aim: update_gram(
             i, n, **o, **a
         )
-        passes["delayed" + name] = lambda i=inputs, n=of_step, o=options: move(i, n, True, **o)
+        passes["apply_and_gram" + name] = lambda i=inputs, n=of_step, o=options: move(
+            i, n, True, **o
+        )
         passes["apply" + name] = lambda i=inputs, n=of_step, o=options: move(i, n, False, **o)
     passes["gram"] = lambda: module.gram(plain.grads, gram)
     passes["combine"] = lambda: module.combine(plain.grads, weights, plain.params)
@@ -354,7 +356,7 @@ def test_the_calls_that_must_not_wait_are_right(module: Any) -> None:
     operators = {name.split()[0] for name in made}
     # The step is the rest of them.
     assert operators == {
-        *("step", "search", "delayed", "apply", "gram", "combine", "mgda", "perturb"),
+        *("step", "update_gram", "apply_and_gram", "apply", "gram", "combine", "mgda", "perturb"),
     }
 
 

@@ -5,6 +5,7 @@ Everything runs on the CPU; a GPU changes nothing of what torch is told about an
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,14 +52,18 @@ def passes(name: str) -> dict[str, Call]:
     clip = {"clippy": x.lambdas, "segments": x.segments, "sigma": sigma}
     shrunk = {"segments": x.segments, "sigma": sigma}
     return {
-        "search": (
-            ops.search,
+        "update_gram": (
+            ops.update_gram,
             (*head, gram),
             {} if sigma is None else {**clip, "params": x.params},
         ),
         "apply": (ops.apply, (*head, x.params, x.weights), {**shrunk, "skip": SKIP}),
         "apply_plain": (ops.apply, (*head, x.params, x.weights), {}),
-        "delayed": (ops.delayed, (*head, x.params, x.weights, gram), {**clip, "skip": SKIP}),
+        "apply_and_gram": (
+            ops.apply_and_gram,
+            (*head, x.params, x.weights, gram),
+            {**clip, "skip": SKIP},
+        ),
     }
 
 
@@ -72,6 +77,7 @@ def others() -> dict[str, Call]:
     found = torch.zeros(1, dtype=torch.int32)
     hyper = torch.tensor([x.rule.hyper(0.1, 0.0)], dtype=torch.float64)
     counts, active = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int32)
+    numbers, tally = torch.zeros(1, 11, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
     scale = torch.tensor([0.1, 0.2], dtype=torch.float64)
     rows, perturb = torch.zeros(2, NUMEL), torch.ops.fastmto.perturb.default
     return {
@@ -79,8 +85,8 @@ def others() -> dict[str, Call]:
         "combine": (ops.combine, (x.grads, x.weights, x.params), {}),
         "combine_into_a_row": (ops.combine, (a_row.grads, x.weights, a_row.grads[1]), {}),
         "check": (ops.check, (x.grads, found), {}),
-        "clock": (ops.clock, (hyper, counts, active, torch.zeros(1, 11).double(), found), {}),
-        "advance": (ops.advance, (counts, active, found, torch.zeros(2, dtype=torch.int64)), {}),
+        "step_constants": (ops.step_constants, (hyper, counts, active, numbers, found), {}),
+        "count_step": (ops.count_step, (counts, active, found, tally), {}),
         "bargaining": (ops.bargaining, (problem, weights, info), {}),
         "bargaining_by_preference": (
             ops.bargaining,
@@ -107,9 +113,23 @@ def test_opcheck(call: Call) -> None:
 
 
 def test_every_op_is_checked() -> None:
-    registered = {value for value in vars(ops).values() if isinstance(value, type(ops.search))}
-    assert len(registered) == 11
-    assert {op for op, _, _ in CALLS.values()} == registered
+    assert len(ops.OPS) == 11
+    assert {op for op, _, _ in CALLS.values()} == set(ops.OPS.values())
+
+
+@pytest.mark.parametrize("device_type", ops.BACKENDS)
+@pytest.mark.parametrize("name", ops.OPS)
+def test_backends_have_the_arguments_of_the_contract(name: str, device_type: str) -> None:
+    if device_type == "cuda":
+        pytest.importorskip("triton")
+    contract = {a.name: (a.kwarg_only, a.default_value) for a in ops.OPS[name]._schema.arguments}
+    function = getattr(ops.backend(torch.device(device_type)), name)
+    given = {
+        p.name: (p.kind is p.KEYWORD_ONLY, None if p.default is p.empty else p.default)
+        for p in inspect.signature(function).parameters.values()
+        if p.name != "isa"  # the CPU kernels' own, for tests
+    }
+    assert given == contract
 
 
 class Loop:
@@ -137,14 +157,14 @@ class Loop:
 
 def one_step(loop: Loop) -> Tensor:
     x, sigma = loop.inputs, loop.sigma
-    ops.clock(loop.hyper, loop.counts, loop.active, x.numbers, loop.found)
+    ops.step_constants(loop.hyper, loop.counts, loop.active, x.numbers, loop.found)
     head = x.kind, x.numbers, x.grads, x.state
     if x.clippy is None:
         clip: dict[str, Any] = {}
-        ops.search(*head, loop.gram)
+        ops.update_gram(*head, loop.gram)
     else:
         clip = {"segments": x.segments, "sigma": sigma}
-        ops.search(*head, loop.gram, clippy=x.lambdas, params=x.params, **clip)
+        ops.update_gram(*head, loop.gram, clippy=x.lambdas, params=x.params, **clip)
         clip["clippy"] = x.lambdas
     ops.check(x.grads, loop.found)
     problem = loop.gram + torch.eye(N_TASKS, dtype=torch.float64)
@@ -153,11 +173,11 @@ def one_step(loop: Loop) -> Tensor:
     weights = 0.5 * (loop.weights + loop.simplex)
     shrunk = {k: v for k, v in clip.items() if k != "clippy"}
     ops.apply(*head, x.params, weights, **shrunk, skip=loop.found)
-    ops.delayed(*head, x.params, loop.weights, loop.early, **clip, skip=loop.found)
+    ops.apply_and_gram(*head, x.params, loop.weights, loop.early, **clip, skip=loop.found)
     ops.gram(x.grads, loop.of_gradients)
     ops.combine(x.grads, weights, loop.out)
     ops.combine(loop.row, weights, loop.row[1])
-    ops.advance(loop.counts, loop.active, loop.found, loop.tally)
+    ops.count_step(loop.counts, loop.active, loop.found, loop.tally)
     return loop.out.double().norm() + loop.row[1].double().norm()
 
 

@@ -38,8 +38,8 @@ pytest.importorskip("triton")
 from fastmto.ops.triton import apply as triton_apply
 from fastmto.ops.triton import clippy as triton_clippy
 from fastmto.ops.triton import combine as triton_combine
+from fastmto.ops.triton import gram as triton_gram
 from fastmto.ops.triton import launch as triton_launch
-from fastmto.ops.triton import search as triton_search
 from fastmto.ops.triton.launch import Tiling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,7 +58,7 @@ modifiers = pytest.mark.parametrize("modifier", MODIFIERS)
 
 def tiling_of(n_tasks: int, dtype: torch.dtype) -> Tiling:
     """Several blocks a program, with the row tile that is used for so many tasks."""
-    tile = triton_search.tiling_for(n_tasks, dtype == torch.float64, False, 1).tile
+    tile = triton_gram.tiling_for(n_tasks, dtype == torch.float64, False, 1).tile
     return PAIRS if tile is None else Tiling(64, programs=2, flush=2, tile=tile)
 
 
@@ -83,7 +83,7 @@ def factors(inputs: Inputs, tiling: Tiling | None = BLOCKS) -> Tensor | None:
 
 def searched(inputs: Inputs, tiling: Tiling | None, sigma: Tensor | None = None) -> Tensor:
     gram = inputs.poisoned_gram()
-    triton_search.search(
+    triton_gram.update_gram(
         inputs.kind,
         inputs.numbers,
         inputs.grads,
@@ -98,7 +98,7 @@ def searched(inputs: Inputs, tiling: Tiling | None, sigma: Tensor | None = None)
 
 def gradient_gram(inputs: Inputs, tiling: Tiling | None) -> Tensor:
     gram = inputs.poisoned_gram()
-    triton_search.gram(inputs.grads, gram, tiling=tiling)
+    triton_gram.gram(inputs.grads, gram, tiling=tiling)
     return gram
 
 
@@ -124,14 +124,14 @@ def applied(
     return after
 
 
-def delayed(
+def apply_and_gram(
     inputs: Inputs,
     tiling: Tiling | None,
     sigma: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> tuple[Inputs, Tensor]:
     after, gram = inputs.clone(), inputs.poisoned_gram()
-    triton_search.delayed(
+    triton_gram.apply_and_gram(
         after.kind,
         after.numbers,
         after.grads,
@@ -175,7 +175,7 @@ def check(case: Case, tiling: Tiling | None, blocks: Tiling | None) -> Tensor | 
     after = applied(inputs, blocks, sigma)
     close_applied(after.params, after.state, expected, host)
     assert torch.equal(after.grads, inputs.grads)
-    at_once, again = delayed(inputs, tiling, sigma)
+    at_once, again = apply_and_gram(inputs, tiling, sigma)
     close_applied(at_once.params, at_once.state, expected, host)
     close(again, expected_gram(host, sigma), case.dtype, name="gram of delayed")
     assert torch.equal(again, again.T)
@@ -326,7 +326,7 @@ def test_no_task_takes_part(modifier: str) -> None:
     assert sigma is None or (sigma == 1).all()
     for tiling in (PAIRS, Tiling(32, programs=2, tile=16)):
         assert (searched(inputs, tiling, sigma) == 0).all()
-        after, gram = delayed(inputs, tiling, sigma)
+        after, gram = apply_and_gram(inputs, tiling, sigma)
         assert (gram == 0).all()
         assert same_bits(after, inputs)
     assert same_bits(applied(inputs, BLOCKS, sigma), inputs)
@@ -349,7 +349,7 @@ def test_absent_tasks(n_tasks: int, modifier: str) -> None:
     gram = searched(inputs, tiling, sigma)
     close(gram, expected_gram(clean, sigma), torch.float32)
     assert gram.count_nonzero() == 1
-    for after in (applied(inputs, BLOCKS, sigma), delayed(inputs, tiling, sigma)[0]):
+    for after in (applied(inputs, BLOCKS, sigma), apply_and_gram(inputs, tiling, sigma)[0]):
         close_applied(after.params, after.state, expected_apply(clean, sigma), clean)
         kept = zip(after.state, inputs.state, strict=True)
         assert all(torch.equal(new[:-1], old[:-1]) for new, old in kept)
@@ -368,11 +368,11 @@ def test_skip_leaves_everything_as_it_is(n_tasks: int, modifier: str) -> None:
     no = torch.zeros_like(yes)
     gram = searched(inputs, tiling, sigma)
     assert same_bits(applied(inputs, BLOCKS, sigma, yes), inputs)
-    after, again = delayed(inputs, tiling, sigma, yes)
+    after, again = apply_and_gram(inputs, tiling, sigma, yes)
     assert same_bits(after, inputs)
     assert torch.equal(again, gram)
     assert same_bits(applied(inputs, BLOCKS, sigma, no), applied(inputs, BLOCKS, sigma))
-    one, other = delayed(inputs, tiling, sigma, no), delayed(inputs, tiling, sigma)
+    one, other = apply_and_gram(inputs, tiling, sigma, no), apply_and_gram(inputs, tiling, sigma)
     assert same_bits(one[0], other[0])
     assert torch.equal(one[1], other[1])
     assert not same_bits(one[0], inputs)
@@ -388,7 +388,7 @@ def test_skip_keeps_what_is_not_finite_out(modifier: str) -> None:
     sigma = factors(inputs)
     yes = torch.tensor([-5], dtype=torch.int32, device=DEVICE)
     assert same_bits(applied(inputs, BLOCKS, sigma, yes), inputs)
-    assert same_bits(delayed(inputs, PAIRS, sigma, yes)[0], inputs)
+    assert same_bits(apply_and_gram(inputs, PAIRS, sigma, yes)[0], inputs)
 
 
 @modifiers
@@ -414,7 +414,7 @@ def test_a_task_without_weight_takes_no_part_whatever_its_gradient() -> None:
     expected, combined = expected_apply(host), expected_combine(host)
     host.grads[1] = torch.nan
     inputs = host.to(DEVICE)
-    for after in (applied(inputs, BLOCKS), delayed(inputs, PAIRS)[0]):
+    for after in (applied(inputs, BLOCKS), apply_and_gram(inputs, PAIRS)[0]):
         close_applied(after.params, after.state, expected, host)
     out = torch.full_like(inputs.params, torch.nan)
     triton_combine.combine(inputs.grads, inputs.weights, out, tiling=BLOCKS)
@@ -424,7 +424,7 @@ def test_a_task_without_weight_takes_no_part_whatever_its_gradient() -> None:
 def test_a_task_without_weight_still_moves_moments_of_its_own() -> None:
     host = build(Case(RULES["adam"], 3, weights=(0.5, 0.0, 2.0), adatask=True))
     inputs, expected = host.to(DEVICE), expected_apply(host)
-    for after in (applied(inputs, BLOCKS), delayed(inputs, PAIRS)[0]):
+    for after in (applied(inputs, BLOCKS), apply_and_gram(inputs, PAIRS)[0]):
         close_applied(after.params, after.state, expected, host)
         assert not torch.equal(after.state[0][1], inputs.state[0][1])
 
@@ -446,7 +446,7 @@ def test_rows_of_moments_may_lie_differently_far_apart(n_tasks: int) -> None:
         inputs.state[k] = wide[:, :301]
     tiling, expected = tiling_of(n_tasks, torch.float32), expected_apply(host)
     close(searched(inputs, tiling), expected_gram(host), torch.float32)
-    for after in (applied(inputs, BLOCKS), delayed(inputs, tiling)[0]):
+    for after in (applied(inputs, BLOCKS), apply_and_gram(inputs, tiling)[0]):
         close_applied(after.params, after.state, expected, host)
 
 
@@ -487,7 +487,7 @@ def test_threads_of_a_pass_that_writes_have_coordinates_of_their_own() -> None:
     """Else one could read what another has written; and its programs' registers are there."""
     choices = itertools.product(range(1, 9), (32, 64), *[(False, True)] * 3)
     for n_tasks, n_lanes, double, per_task, clipped in choices:
-        made = triton_search.tiling_for(n_tasks, double, True, 1, per_task, clipped, n_lanes)
+        made = triton_gram.tiling_for(n_tasks, double, True, 1, per_task, clipped, n_lanes)
         assert made.tile is None
         assert made.block >= n_lanes * made.warps > 0, (n_tasks, made)
         assert made.programs is not None
@@ -499,7 +499,7 @@ def test_threads_of_a_pass_that_writes_have_coordinates_of_their_own() -> None:
 
 
 def test_programs_of_many_tiles_leave_little_to_add_up() -> None:
-    one, many = (triton_search.tiling_for(n, True, False, 132) for n in (16, 1000))
+    one, many = (triton_gram.tiling_for(n, True, False, 132) for n in (16, 1000))
     assert one.programs == 2 * 132
     assert many.programs == 1
 

@@ -1,4 +1,5 @@
-"""Clock, advance and check of the GPU backend: on a GPU where there is one, else interpreted."""
+"""step_constants, count_step and check of the GPU backend: on a GPU where there is one, else
+interpreted."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ TOO_LARGE = {
 
 @dataclasses.dataclass
 class Clock:
-    """Arguments of `clock` and `advance`, outputs poisoned."""
+    """Arguments of `step_constants` and `count_step`, outputs poisoned."""
 
     hyper: Tensor
     counts: Tensor
@@ -50,7 +51,7 @@ class Clock:
     tally: Tensor
 
     def tick(self, module: Any = gpu) -> Tensor:
-        module.clock(self.hyper, self.counts, self.active, self.numbers, self.found)
+        module.step_constants(self.hyper, self.counts, self.active, self.numbers, self.found)
         return self.numbers
 
 
@@ -130,7 +131,7 @@ def test_rows_have_clocks_of_their_own(rows: int) -> None:
     for r, (rule, row) in enumerate(zip(rules, numbers, strict=True)):
         step = 2 * r + 1 if active[r] else 0
         assert row == pytest.approx(rule.numbers(step, 0.1, 0.01), rel=1e-13, abs=0)
-    gpu.advance(done.counts, done.active, done.found, done.tally)
+    gpu.count_step(done.counts, done.active, done.found, done.tally)
     assert done.counts.tolist() == [2 * r + active[r] for r in range(rows)]
     assert done.tally.tolist() == [6, 9]
 
@@ -148,7 +149,7 @@ def test_advance_counts_steps_made_and_skipped(module: Any, found: int) -> None:
     device = DEVICE if module is gpu else torch.device("cpu")
     done = clock_of([Adam()] * 3, [4, 2**40, 0], [1, 1, 0], device=device)
     done.found.fill_(found)
-    module.advance(done.counts, done.active, done.found, done.tally)
+    module.count_step(done.counts, done.active, done.found, done.tally)
     made = found == 0
     assert done.counts.tolist() == [4 + made, 2**40 + made, 0]
     assert done.tally.tolist() == ([6, 9] if made else [5, 10])
@@ -238,7 +239,7 @@ def test_wrong_arguments_of_advance_are_named(name: str) -> None:
         done = clock_of([Adam()] * 2, [0, 0])
         setattr(done, name, change(getattr(done, name)))
         with pytest.raises(ValueError, match=rf"^{name} must"):
-            gpu.advance(done.counts, done.active[: len(done.counts)], done.found, done.tally)
+            gpu.count_step(done.counts, done.active[: len(done.counts)], done.found, done.tally)
 
 
 def test_wrong_arguments_of_check_are_named() -> None:

@@ -839,7 +839,7 @@ def test_a_model_whose_parameters_were_replaced_is_noticed() -> None:
     optimizer = fastmto.PUB(model.trunk.parameters(), model.head_parameters())
     run(optimizer, model, range(2))
     model.trunk.load_state_dict(net(seed=1).trunk.state_dict(), assign=True)
-    with pytest.warns(RuntimeWarning, match="no task of this step reaches the shared parameters"):
+    with pytest.raises(RuntimeError, match=r"replaced \(load_state_dict\(..., assign=True\)"):
         optimizer.backward(model.losses(batch(2)))
 
 

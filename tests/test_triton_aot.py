@@ -17,8 +17,8 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
 OPS = {
-    *("search", "delayed", "apply", "combine", "gram", "check", "perturb"),
-    *("clock", "advance", "bargaining", "mgda"),
+    *("update_gram", "apply_and_gram", "apply", "combine", "gram", "check", "perturb"),
+    *("step_constants", "count_step", "bargaining", "mgda"),
 }
 STREAMS = {"grads", "s0", "s1", "s2", "theta", "out", "direction"}
 VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -27,11 +27,11 @@ VERSION = ".".join(triton.__version__.split(".")[:2])
 SPILLS: dict[str, dict[tuple[str, ...], int]] = {
     "3.6": {
         ("bargaining", "T=32"): 56,
-        ("search", "torch.float32", "T=8", "kind=0", "|"): 8,
+        ("update_gram", "torch.float32", "T=8", "kind=0", "|"): 8,
     },
     "3.7": {
         ("bargaining", "T=32"): 56,
-        ("delayed", "torch.bfloat16", "T=16"): 8,
+        ("apply_and_gram", "torch.bfloat16", "T=16"): 8,
     },
 }
 
@@ -93,7 +93,7 @@ def test_on_amd_every_wave_waits_for_its_sums_before_the_arrival(
     """A barrier alone waits for no stores there."""
     kernels = compiled(target, tmp_path_factory)
     summed = {name: made for name, made in kernels.items() if "arrived" in made["signature"]}
-    assert {name.split("| ")[1] for name in summed} == {"search_pairs", "search_tiles"}
+    assert {name.split("| ")[1] for name in summed} == {"gram_pairs", "gram_tiles"}
     for name, made in summed.items():
         order = made["order"]
         (arrival,) = (k for k, word in enumerate(order) if "_atomic" in word)
@@ -107,7 +107,7 @@ def test_one_coordinate_in_one_tensor_compiles(tmp_path_factory: pytest.TempPath
     found = compiled(WHOLE, tmp_path_factory)
     kernels = starting(found, "one ")
     assert {name.split("| ")[1] for name in kernels} == {
-        *("search_pairs", "search_tiles", "factors_kernel"),
+        *("gram_pairs", "gram_tiles", "factors_kernel"),
     }
     assert spilled_beyond_bounds(kernels) == {}
 
@@ -131,7 +131,7 @@ def test_offsets_of_streams_are_formed_in_64_bits(kernels: dict[str, Any]) -> No
     """At P > 2^31 a product of 32 bits would wrap."""
     streaming = {name: made for name, made in kernels.items() if made["looked_at"]}
     assert {name.split()[0] for name in streaming} == OPS - {
-        *("clock", "advance", "bargaining", "mgda")
+        *("step_constants", "count_step", "bargaining", "mgda")
     }
     for name, made in kernels.items():
         assert made["narrow"] == [], name
@@ -168,20 +168,20 @@ def widths(made: dict[str, Any]) -> dict[str, set[int]]:
 NARROWER = {
     ("gram", "torch.bfloat16", "T=8"): 8,
     ("gram", "torch.float64", "T=8"): 8,
-    ("search", "torch.float32", "T=8", "kind=0", "clippy"): 8,
-    ("search", "torch.bfloat16", "T=2", "kind=0", "adatask"): 8,
-    ("search", "torch.bfloat16", "T=2", "kind=0", "clippy"): 8,
-    ("delayed", "torch.float32", "T=8"): 8,
-    ("delayed", "torch.float64", "T=8"): 8,
-    ("delayed", "torch.bfloat16", "T=2"): 8,
-    ("delayed", "torch.bfloat16", "T=8"): 4,
+    ("update_gram", "torch.float32", "T=8", "kind=0", "clippy"): 8,
+    ("update_gram", "torch.bfloat16", "T=2", "kind=0", "adatask"): 8,
+    ("update_gram", "torch.bfloat16", "T=2", "kind=0", "clippy"): 8,
+    ("apply_and_gram", "torch.float32", "T=8"): 8,
+    ("apply_and_gram", "torch.float64", "T=8"): 8,
+    ("apply_and_gram", "torch.bfloat16", "T=2"): 8,
+    ("apply_and_gram", "torch.bfloat16", "T=8"): 4,
 }
 
 
 def test_streams_are_read_and_written_16_bytes_at_a_time(kernels: dict[str, Any]) -> None:
     seen = set()
     for name, made in kernels.items():
-        if name.endswith("search_tiles"):
+        if name.endswith("gram_tiles"):
             continue
         least = min((n for head, n in NARROWER.items() if begins(name, head)), default=16)
         for stream, found in widths(made).items():
@@ -191,14 +191,14 @@ def test_streams_are_read_and_written_16_bytes_at_a_time(kernels: dict[str, Any]
 
 
 def test_tiles_are_fetched_16_bytes_at_a_time(kernels: dict[str, Any]) -> None:
-    tiled = {name: made for name, made in kernels.items() if name.endswith("search_tiles")}
-    assert {name.split()[0] for name in tiled} >= {"search", "gram"}
+    tiled = {name: made for name, made in kernels.items() if name.endswith("gram_tiles")}
+    assert {name.split()[0] for name in tiled} >= {"update_gram", "gram"}
     for name, made in tiled.items():
         assert set(made["accesses"]["grads"]["cp"]) == {16}, name
 
 
 def test_every_operation_of_perturb_rounds_as_on_the_cpu(kernels: dict[str, Any]) -> None:
-    found = starting(kernels, "perturb", "clock")
+    found = starting(kernels, "perturb", "step_constants")
     assert len(found) >= 6
     for name, made in found.items():
         assert made["fused"] == [], name
@@ -208,7 +208,7 @@ def test_every_operation_of_perturb_rounds_as_on_the_cpu(kernels: dict[str, Any]
 
 def test_a_barrier_stands_between_a_programs_sum_and_its_arrival(kernels: dict[str, Any]) -> None:
     summed = {name: made for name, made in kernels.items() if "partial" in made["accesses"]}
-    assert {name.split()[0] for name in summed} >= {"search", "delayed", "gram"}
+    assert {name.split()[0] for name in summed} >= {"update_gram", "apply_and_gram", "gram"}
     for name, made in summed.items():
         order = made["order"]
         (arrival,) = (k for k, word in enumerate(order) if word.startswith("atom"))

@@ -1,5 +1,5 @@
 // What an instruction set has to offer: loops over one short range, without threads or memory of
-// their own. isa_*.cpp compile loops.h once each into such a table; passes.cpp calls them.
+// their own. isa_*.cpp compile loops.h once each into such a table, which the passes call.
 #pragma once
 
 #include <cstdint>

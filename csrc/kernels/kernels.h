@@ -73,15 +73,15 @@ struct Step {
 };
 
 // gram (T, T) written whole. clip may be null.
-void search(const Update& update, const Clip* clip, double* gram);
+void update_gram(const Update& update, const Clip* clip, double* gram);
 
 // Moments in update.state and step.params are updated in place.
 void apply(const Update& update, const Step& step);
 
-// search, then apply with step.weights, in one pass; step.sigma is null. (With Clippy a tensor's
-// sigma is known only at its end: that is two passes, search and apply.) The results have the bits
-// of search and apply called one after the other. gram is written under step.skip too.
-void delayed(const Update& update, const Step& step, double* gram);
+// update_gram, then apply with step.weights, in one pass; step.sigma is null. (With Clippy a
+// tensor's sigma is known only at its end: that is two passes.) The results have the bits of both
+// called one after the other. gram is written under step.skip too.
+void apply_and_gram(const Update& update, const Step& step, double* gram);
 
 // gram (T, T) written whole: inner products of the gradients themselves.
 void gram(DType dtype, int tasks, std::int64_t numel, Matrix grads, double* gram, int threads,
@@ -118,61 +118,13 @@ bool all_finite(DType dtype, std::int64_t rows, std::int64_t numel, Matrix value
                 Isa isa);
 
 // numbers (rows) of hyper at step counts + 1 where active, else 0; found (1) is set to 0. The bits
-// are those of fastmto.rules.Rule.numbers.
-void clock(int rows, const Hyper* hyper, const std::int64_t* counts, const std::int32_t* active,
-           Numbers* numbers, std::int32_t* found);
+// are those of fastmto.optim.rules.Rule.numbers.
+void step_constants(int rows, const Hyper* hyper, const std::int64_t* counts,
+                    const std::int32_t* active, Numbers* numbers, std::int32_t* found);
 
 // Where found (1) is 0, counts of the active rows and tally[0] grow by 1, else tally[1].
-void advance(int rows, std::int64_t* counts, const std::int32_t* active, const std::int32_t* found,
-             std::int64_t* tally);
-
-// A run of parameters in a plan: the numbers that its passes take and that stay from step to step.
-// All are of 64 bits, so that a caller can fill them in as an array of integers.
-struct Run {
-  std::int64_t kind, dtype, per_task;
-  std::int64_t shared;    // else a task's own: it has one row of gradients and the weight 1
-  std::int64_t numel;     // P
-  void* grads;            // (rows, P)
-  std::int64_t stride;    // of grads
-  const Numbers* numbers;
-  Matrix state[kMaxStates];
-  void* params;           // (P)
-  const std::int64_t* segments;
-  std::int64_t n_segments;
-  double* sigma;          // (rows, n_segments)
-  double* gram;           // (rows, rows)
-};
-
-// The rows of the clock that a plan's runs read, and what is said of the step as a whole.
-struct Clock {
-  int rows;
-  const Hyper* hyper;
-  std::int64_t* counts;
-  const std::int32_t* active;
-  Numbers* numbers;
-  std::int32_t* found;
-  std::int64_t* tally;
-};
-
-// A step over some runs: `takes_part` has a byte for each.
-struct Plan {
-  const Run* runs;
-  const char* takes_part;
-  int n_runs;
-  int rows;          // of gradients, of the shared runs
-  bool clipped;      // by Clippy
-  double lambda_rel, lambda_abs;
-  int threads;
-};
-
-// Begins a step: clock, then for each run that takes part search (if the step `searches`, for shared
-// runs, or is clipped, for all) or all_finite, with found set as the op check does. Where the step
-// searches, gram (rows, rows) becomes the sum of the shared runs' Grams, in their order. Returns
-// whether anything was found.
-bool look(const Plan& plan, const Clock& clock, bool searches, double* gram);
-
-// Ends it: apply, or delayed for shared runs where the step searches, and advance.
-void move(const Plan& plan, const Clock& clock, const double* weights, bool searches, double* gram);
+void count_step(int rows, std::int64_t* counts, const std::int32_t* active,
+                const std::int32_t* found, std::int64_t* tally);
 
 // Whether this machine and this build have `isa`.
 bool supported(Isa isa);

@@ -1,101 +1,114 @@
-// Whole steps over the runs of a plan: the passes of kernels.h one after the other, in one call.
-#include <algorithm>
+#include "plan.h"
 
-#include "kernels.h"
+#include <algorithm>
+#include <utility>
 
 namespace fastmto {
-namespace {
 
-const double kOne = 1.0;
+Plan::Plan(const Table& table, std::vector<Run> shared, std::vector<Run> heads, const Clip* clip,
+           double* gram)
+    : active(table.rows),
+      table_(table),
+      shared_(std::move(shared)),
+      heads_(std::move(heads)),
+      clipped_(clip != nullptr),
+      gram_(gram) {
+  if (clipped_) clip_ = *clip;
+  std::size_t most = 1;
+  for (const Run& run : shared_) most = std::max<std::size_t>(most, run.update.tasks);
+  part_.resize(most * most);
+  weights.reserve(most);
+  for (const auto* runs : {&shared_, &heads_}) {
+    for (const Run& run : *runs) work_ += run.update.numel * run.update.tasks;
+  }
+}
 
-Update update_of(const Plan& plan, const Run& run) {
-  Update update;
-  update.kind = static_cast<int>(run.kind);
-  update.dtype = static_cast<DType>(run.dtype);
-  update.per_task = run.per_task != 0;
-  update.tasks = run.shared ? plan.rows : 1;
-  update.numel = run.numel;
-  update.grads = {run.grads, run.stride};
-  update.numbers = run.numbers;
-  std::copy(run.state, run.state + kMaxStates, update.state);
-  update.threads = plan.threads;
-  update.isa = Isa::best;
+bool Plan::takes(int rows) const {
+  return rows == 0 || (rows > 0 && std::all_of(shared_.begin(), shared_.end(), [&](const Run& run) {
+           return run.update.per_task ? rows == run.update.tasks : rows <= run.update.tasks;
+         }));
+}
+
+Update Plan::update_of(const Run& run, int rows, int threads) const {
+  Update update = run.update;
+  update.tasks = rows;
+  update.threads = threads;
   return update;
 }
 
-void search_run(const Plan& plan, const Run& run, const Update& update) {
-  if (!plan.clipped) return search(update, nullptr, run.gram);
-  const Clip clip{plan.lambda_rel, plan.lambda_abs,
-                  run.params,      run.segments,
-                  static_cast<int>(run.n_segments), run.sigma};
-  search(update, &clip, run.gram);
+bool Plan::takes_part(const Run& head) const {
+  return active[head.update.numbers - table_.numbers] != 0;
 }
 
-Step step_of(const Plan& plan, const Run& run, const double* weights, const std::int32_t* skip) {
-  Step step;
+double* Plan::gram_of(std::size_t shared_run) { return shared_run == 0 ? gram_ : part_.data(); }
+
+void Plan::add_up(std::size_t shared_run) {
+  if (shared_run == 0) return;
+  for (int k = 0; k < rows_ * rows_; ++k) gram_[k] += part_[k];
+}
+
+void Plan::look_at(const Run& run, int rows, bool searches, double* gram, int threads) {
+  const Update update = update_of(run, rows, threads);
+  bool finite;
+  if (searches || clipped_) {
+    Clip clip = clip_;
+    clip.params = run.params;
+    clip.segments = run.segments;
+    clip.n_segments = run.n_segments;
+    clip.sigma = run.sigma;
+    update_gram(update, clipped_ ? &clip : nullptr, gram);
+    finite = all_finite(DType::f64, rows, rows, {gram, rows}, threads, update.isa);
+  } else {
+    finite = all_finite(update.dtype, rows, update.numel, update.grads, threads, update.isa);
+  }
+  if (!finite) found_ = 1;
+}
+
+bool Plan::look(int rows, bool searches, int threads) {
+  rows_ = rows;
+  step_constants(table_.rows, table_.hyper, table_.counts, active.data(), table_.numbers, &found_);
+  for (std::size_t k = 0; rows > 0 && k < shared_.size(); ++k) {
+    look_at(shared_[k], rows, searches, gram_of(k), threads);
+    if (searches || clipped_) add_up(k);
+  }
+  for (const Run& run : heads_) {
+    if (takes_part(run)) look_at(run, 1, false, part_.data(), threads);
+  }
+  ready_ = found_ == 0;
+  return ready_;
+}
+
+// gram: null for a move alone.
+void Plan::move_one(const Run& run, int rows, const double* weights, double* gram, int threads) {
+  const Update update = update_of(run, rows, threads);
+  Step step{};
   step.params = run.params;
-  step.weights = run.shared ? weights : &kOne;
-  step.segments = plan.clipped ? run.segments : nullptr;
-  step.n_segments = plan.clipped ? static_cast<int>(run.n_segments) : 0;
-  step.sigma = plan.clipped ? run.sigma : nullptr;
-  step.skip = skip;
-  return step;
-}
-
-// gram <- the sum of the Grams of the shared runs that take part.
-void add_up(const Plan& plan, double* gram) {
-  const int size = plan.rows * plan.rows;
-  bool first = true;
-  for (int r = 0; r < plan.n_runs; ++r) {
-    const Run& run = plan.runs[r];
-    if (!plan.takes_part[r] || !run.shared) continue;
-    for (int k = 0; k < size; ++k) gram[k] = first ? run.gram[k] : gram[k] + run.gram[k];
-    first = false;
+  step.weights = weights;
+  if (clipped_) {
+    step.segments = run.segments;
+    step.n_segments = run.n_segments;
+    step.sigma = run.sigma;
+  }
+  if (gram != nullptr) {
+    apply_and_gram(update, step, gram);
+  } else {
+    apply(update, step);
   }
 }
 
-}  // namespace
-
-bool look(const Plan& plan, const Clock& clock_, bool searches, double* gram) {
-  clock(clock_.rows, clock_.hyper, clock_.counts, clock_.active, clock_.numbers, clock_.found);
-  for (int r = 0; r < plan.n_runs; ++r) {
-    if (!plan.takes_part[r]) continue;
-    const Run& run = plan.runs[r];
-    const Update update = update_of(plan, run);
-    bool finite;
-    if (plan.clipped || (searches && run.shared)) {
-      search_run(plan, run, update);
-      const Matrix matrix{run.gram, update.tasks};
-      finite = all_finite(DType::f64, update.tasks, update.tasks, matrix, 1, Isa::best);
-    } else {
-      finite = all_finite(update.dtype, update.tasks, update.numel, update.grads, plan.threads,
-                          Isa::best);
-    }
-    if (!finite) *clock_.found = 1;
+void Plan::move(bool searches, int threads) {
+  // With Clippy `look` has made the Gram of this step already.
+  const bool gathers = searches && !clipped_;
+  for (std::size_t k = 0; rows_ > 0 && k < shared_.size(); ++k) {
+    move_one(shared_[k], rows_, weights.data(), gathers ? gram_of(k) : nullptr, threads);
+    if (gathers) add_up(k);
   }
-  if (searches) add_up(plan, gram);
-  return *clock_.found != 0;
-}
-
-void move(const Plan& plan, const Clock& clock_, const double* weights, bool searches,
-          double* gram) {
-  for (int r = 0; r < plan.n_runs; ++r) {
-    if (!plan.takes_part[r]) continue;
-    const Run& run = plan.runs[r];
-    const Update update = update_of(plan, run);
-    const Step step = step_of(plan, run, weights, clock_.found);
-    if (!searches || !run.shared) {
-      apply(update, step);
-    } else if (!plan.clipped) {
-      delayed(update, step, run.gram);
-    } else {
-      // A tensor's factor is known only at its end: two passes.
-      search_run(plan, run, update);
-      apply(update, step);
-    }
+  constexpr double one = 1;
+  for (const Run& run : heads_) {
+    if (takes_part(run)) move_one(run, 1, &one, nullptr, threads);
   }
-  advance(clock_.rows, clock_.counts, clock_.active, clock_.found, clock_.tally);
-  if (searches) add_up(plan, gram);
+  count_step(table_.rows, table_.counts, active.data(), &found_, table_.tally);
+  ready_ = false;
 }
 
 }  // namespace fastmto

@@ -88,7 +88,7 @@ FASTMTO_INLINE Pack<S> mul_add(Pack<S> a, Pack<S> b, Pack<S> c) {
 //
 // Float maths on v4: y = 1/sqrt(v) to 14 bits, h = v y, then h (3 - h y) = 2 sqrt(v) to 26 bits (one
 // Newton step), and the quotient by a 14-bit 1/d, corrected once by its remainder. That needs v to
-// be a normal number: 1e-38 is added to it, which eps > 2e-12 hides (passes.cpp sees to that).
+// be a normal number: 1e-38 is added to it, which eps > 2e-12 hides (tasks.h sees to that).
 //
 // An infinite v, the square of a number too large for S, gives NaN here, which the Gram's diagonal
 // shows: 0, its limit, would pass, and leave moments infinite for good.

@@ -65,21 +65,39 @@ class DBMTL(GradientBalancer):
 
     def reset(self) -> None:
         self._smoothed: list[Tensor] | None = None
+        #: Of parameters that are frozen now, or of a loaded state until a call shows whose it is.
+        self._parked: dict[Tensor, Tensor] = {}
+        self._last_given: list[Tensor] = []
         self._count = 0
         super().reset()
 
     def _take_over(self, old: GradientLevel | None, new: GradientLevel) -> None:
-        smoothed = new.task_state()
-        if self._smoothed is not None:
-            shapes = [[tuple(x.shape) for x in each] for each in (self._smoothed, smoothed)]
-            if shapes[0] != shapes[1]:
+        rows = new.task_state()
+        kept = self._pieces(old)
+        shapes = [tuple(p.shape) for p in self._given]
+        if kept and not any(p in kept for p in self._given):
+            # Of a loaded state or another model: in the order of the parameters.
+            got = [tuple(e.shape[1:]) for e in kept.values()]
+            if got != shapes:
                 raise ValueError(
                     "shared_parameters must be laid out as before: the smoothed gradients have "
-                    f"the shapes {shapes[0]}, these have {shapes[1]}"
+                    f"the shapes {got}, these have {shapes}"
                 )
-            for row, kept in zip(smoothed, self._smoothed, strict=True):
-                row.copy_(kept)
-        self._smoothed = smoothed
+            kept = dict(zip(self._given, kept.values(), strict=True))
+        for p, piece in zip(new.targets, new.stacked_views(rows), strict=True):
+            if p in kept:
+                piece.copy_(kept.pop(p))
+        self._parked = {p: e.clone() for p, e in kept.items()}
+        self._smoothed, self._last_given = rows, self._given
+
+    def _pieces(self, level: GradientLevel | None) -> dict[Tensor, Tensor]:
+        """The smoothed gradients (T, *shape) of every shared parameter, those that are frozen now
+        included, in the order of the parameters."""
+        if level is None or self._smoothed is None:
+            return self._parked
+        known = dict(zip(level.targets, level.stacked_views(self._smoothed), strict=True))
+        known |= self._parked
+        return {p: known[p] for p in self._last_given if p in known}
 
     def _weigh(self, level: GradientLevel, active: list[int], batch: Batch) -> Tensor:
         assert self._smoothed is not None
@@ -119,14 +137,22 @@ class DBMTL(GradientBalancer):
         return factors
 
     def _state(self) -> dict[str, Any]:
-        smoothed = self._smoothed and [x.clone() for x in self._smoothed]
+        pieces = self._pieces(self._gradient_level)
+        smoothed = [e.clone() for e in pieces.values()] if pieces else None
         return {**super()._state(), "smoothed": smoothed, "count": self._count}
 
     def _load(self, state: Mapping[str, Any]) -> None:
         super()._load(state)
-        saved = state["smoothed"]
-        self._smoothed = None if saved is None else [x.clone() for x in saved]
+        saved = state["smoothed"] or []
+        self._smoothed = None
+        self._parked = {torch.empty(0): e.clone() for e in saved}
         self._count = int(state["count"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are of another model's parameters."""
+        kept = self._pieces(self._gradient_level)
+        parked = {torch.empty(0): e.clone() for e in kept.values()}
+        return {**super().__getstate__(), "_smoothed": None, "_parked": parked, "_last_given": []}
 
     def _options(self) -> dict[str, Any]:
         return {"beta": self.beta, "decay": self.decay, **super()._options()}

@@ -36,7 +36,7 @@ class DWA(LossBalancer):
         n_tasks: T; None: found at the first backward.
         temp: temperature > 0.
         window: steps an epoch, or None for epochs ended by `end_epoch()`.
-        update_weights_every, on_nonfinite: see `Balancer`.
+        update_weights_every, on_nonfinite, loss_floor: see `Balancer`.
 
     Raises:
         ValueError: an argument out of range, or at the end of an epoch a mean loss that is not
@@ -53,13 +53,17 @@ class DWA(LossBalancer):
         window: int | None = 25,
         update_weights_every: int = 1,
         on_nonfinite: str | None = None,
+        loss_floor: float | None = None,
     ) -> None:
         self.temp = check_number("temp", temp, 0, open_low=True)
         if window is not None and (type(window) is not int or window < 1):
             raise ValueError(f"window must be an integer >= 1 or None, got {window!r}")
         self.window = window
         super().__init__(
-            n_tasks, update_weights_every=update_weights_every, on_nonfinite=on_nonfinite
+            n_tasks,
+            update_weights_every=update_weights_every,
+            on_nonfinite=on_nonfinite,
+            loss_floor=loss_floor,
         )
 
     def reset(self) -> None:
@@ -118,13 +122,13 @@ class DWA(LossBalancer):
         seen = [task for task, count in enumerate(self._counts) if count]
         if seen:
             counts = self._sums.new_tensor([self._counts[task] for task in seen])
-            newest = take(self._sums, seen) / counts
+            newest = self._floored(take(self._sums, seen) / counts)
             if reads:
                 for task, mean in zip(seen, newest.tolist(), strict=True):
                     if mean <= 0:
                         raise ValueError(
                             f"{self._label(task)} must have a mean > 0 over an epoch: DWA divides "
-                            f"by it, got {mean:g}"
+                            f"by it, got {mean:g}; loss_floor= bounds what it sees"
                         )
             older, newer = like(self._means, newest).unbind()
             # A first mean fills both rows: the task's ratio is 1 until there is a second.

@@ -47,8 +47,8 @@ class FAMO(LossBalancer):
         gamma: weight decay of the logits, >= 0. The paper's experiments take 0.001 and 0.01, the
             toy problem 0.
         min_losses: T numbers min_i below all losses, where losses can be <= 0; None: 0.
-        update_weights_every, on_nonfinite: see `Balancer`. Between searches `update` changes
-            nothing.
+        update_weights_every, on_nonfinite, loss_floor: see `Balancer`; the floor is of l_i. Between
+            searches `update` changes nothing.
 
     Raises:
         ValueError: an argument out of range; a loss that is not above its minimum (see
@@ -66,6 +66,7 @@ class FAMO(LossBalancer):
         min_losses: Sequence[float] | None = None,
         update_weights_every: int = 1,
         on_nonfinite: str | None = None,
+        loss_floor: float | None = None,
     ) -> None:
         self.lr = check_number("lr", lr, 0, open_low=True)
         self.gamma = check_number("gamma", gamma, 0)
@@ -77,7 +78,10 @@ class FAMO(LossBalancer):
             ]
             n_tasks = len(self.min_losses) if n_tasks is None else n_tasks
         super().__init__(
-            n_tasks, update_weights_every=update_weights_every, on_nonfinite=on_nonfinite
+            n_tasks,
+            update_weights_every=update_weights_every,
+            on_nonfinite=on_nonfinite,
+            loss_floor=loss_floor,
         )
 
     def _set_tasks(self, n_tasks: int) -> None:
@@ -110,9 +114,9 @@ class FAMO(LossBalancer):
     def _above(self, losses: Tensor, tasks: Sequence[int]) -> Tensor:
         """l_i = L_i - min_i (n,)."""
         if self.min_losses is None:
-            return losses
+            return self._floored(losses)
         self._minima = like(self._minima, losses)
-        return losses - take(self._minima, tasks)
+        return self._floored(losses - take(self._minima, tasks))
 
     @property
     def needs_update(self) -> bool:

@@ -49,6 +49,7 @@ class GradientOptions(TypedDict, total=False):
     at_once: int | None
     on_failure: str
     on_nonfinite: str | None
+    loss_floor: float | None
     capturable: bool | None
 
 
@@ -59,7 +60,7 @@ class GradientBalancer(Balancer):
     that is not sum_i w_i g_i.
 
     Args:
-        n_tasks, update_weights_every, on_nonfinite: as `Balancer`.
+        n_tasks, update_weights_every, on_nonfinite, loss_floor: as `Balancer`.
         level: where gradients are compared: at the shared "parameters", or at the shared
             "features", as MGDA-UB does: T passes through the heads, then one pass through the
             trunk with sum_i w_i dL_i/dfeatures.
@@ -132,6 +133,7 @@ class GradientBalancer(Balancer):
         at_once: int | None = None,
         on_failure: str = "hold",
         on_nonfinite: str | None = None,
+        loss_floor: float | None = None,
         capturable: bool | None = None,
     ) -> None:
         check_choice("level", level, ("parameters", "features"))
@@ -151,13 +153,17 @@ class GradientBalancer(Balancer):
         self._captured: list[object] = []  # whose memory CUDA graphs go on using
         self._search = Search(self.weighting, every=update_weights_every, on_failure=on_failure)
         super().__init__(
-            n_tasks, update_weights_every=update_weights_every, on_nonfinite=on_nonfinite
+            n_tasks,
+            update_weights_every=update_weights_every,
+            on_nonfinite=on_nonfinite,
+            loss_floor=loss_floor,
         )
         if capturable:
             self._refuse_capturable(self._why_on_host(1 if n_tasks is None else n_tasks, None))
 
     def reset(self) -> None:
         self._gradient_level: GradientLevel | None = None
+        self._given: list[Tensor] = []  # what the last call compared gradients at
         self._known_heads: dict[str, Any] = {}  # of a loaded state
         self._batchable: bool | None = None
         self._why_loop = ""
@@ -450,11 +456,16 @@ class GradientBalancer(Balancer):
         return losses
 
     def _positive_losses(self, batch: Batch, why: str) -> dict[int, float]:
-        """`_losses`, refused where one is not positive."""
-        losses = self._losses(batch)
+        """`_losses`, not below `loss_floor`, or refused if one is not positive."""
+        losses, floor = self._losses(batch), self.loss_floor
+        if floor is not None:
+            return {i: max(loss, floor) for i, loss in losses.items()}
         for i, loss in losses.items():
             if loss <= 0:
-                raise ValueError(f"{self._label(i)} must be positive: {why}; got {loss:g}")
+                raise ValueError(
+                    f"{self._label(i)} must be positive: {why}; got {loss:g}; loss_floor= bounds "
+                    "what the method sees"
+                )
         return losses
 
     @property
@@ -474,6 +485,7 @@ class GradientBalancer(Balancer):
                 + (" with level='features'" if name == "features" else "")
                 + f", got {inputs}"
             )
+        self._given = inputs  # frozen ones included
         inputs = trainable(name, inputs)
         if name == "features" and batch.shared is not None:
             batch.shared = trainable("shared_parameters", batch.shared)
@@ -537,12 +549,19 @@ class GradientBalancer(Balancer):
         self._gradient_level = None
         self._known_heads = copy.deepcopy(state["heads"])
         self._search.searched = set(state["searched"])
+        self._search.forget_counts()
         self._forget_pending()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold no gradients: the level shows another model's parameters."""
         known = self._heads_for_state()
-        return {**self.__dict__, "_gradient_level": None, "_captured": [], "_known_heads": known}
+        return {
+            **self.__dict__,
+            "_gradient_level": None,
+            "_given": [],
+            "_captured": [],
+            "_known_heads": known,
+        }
 
     def _options(self) -> dict[str, Any]:
         options = {"level": (self.level, "parameters"), "heads": (self.heads, "own")}
@@ -647,7 +666,6 @@ class GramBalancer(DecidesOnHost, GradientBalancer):
     def _load(self, state: Mapping[str, Any]) -> None:
         self.weighting.load_state_dict(state["weighting"])
         super()._load(state)
-        self._search.forget_counts()
 
     def _options(self) -> dict[str, Any]:
         return {"weighting": self.weighting, **super()._options()}

@@ -46,7 +46,7 @@ class GradNorm(LossBalancer):
         alpha: strength of the restoring force, >= 0.
         lr: of the weights' Adam, > 0.
         initial_losses: T losses L_i(0) > 0; None: the first seen.
-        update_weights_every, on_nonfinite: see `Balancer`.
+        update_weights_every, on_nonfinite, loss_floor: see `Balancer`.
 
     `backward` needs `last_shared_parameters`.
 
@@ -66,6 +66,7 @@ class GradNorm(LossBalancer):
         initial_losses: list[float] | None = None,
         update_weights_every: int = 1,
         on_nonfinite: str | None = None,
+        loss_floor: float | None = None,
     ) -> None:
         self.alpha = check_number("alpha", alpha, 0)
         self.lr = check_number("lr", lr, 0, open_low=True)
@@ -77,7 +78,10 @@ class GradNorm(LossBalancer):
             ]
             n_tasks = len(self.initial_losses) if n_tasks is None else n_tasks
         super().__init__(
-            n_tasks, update_weights_every=update_weights_every, on_nonfinite=on_nonfinite
+            n_tasks,
+            update_weights_every=update_weights_every,
+            on_nonfinite=on_nonfinite,
+            loss_floor=loss_floor,
         )
 
     def _set_tasks(self, n_tasks: int) -> None:
@@ -112,6 +116,7 @@ class GradNorm(LossBalancer):
         return take(like(self._w, losses), batch.tasks)
 
     def _learn(self, batch: Batch, losses: Tensor, weights: Tensor) -> None:
+        losses = self._floored(losses)
         initial = like(self._initial, losses)
         for task, loss in zip(batch.tasks, losses.unbind(), strict=True):
             if not self._seen[task]:

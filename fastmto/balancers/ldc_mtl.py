@@ -57,7 +57,7 @@ class LDCMTL(LearningBalancer):
             and QM9, 0.01 for CelebA.
         sigma, tau, normalization: see above.
         device, dtype: of W, see `LearningBalancer`.
-        update_weights_every, on_nonfinite: see `Balancer`.
+        update_weights_every, on_nonfinite, loss_floor: see `Balancer`.
 
     Raises:
         ValueError: without `n_tasks`, or an argument out of range; with "rescaled" a first loss,
@@ -78,6 +78,7 @@ class LDCMTL(LearningBalancer):
         dtype: torch.dtype | None = None,
         update_weights_every: int = 1,
         on_nonfinite: str | None = None,
+        loss_floor: float | None = None,
     ) -> None:
         self.penalty = check_number("penalty", penalty, 0)
         check_choice("sigma", sigma, ("softmax", "sigmoid"))
@@ -91,6 +92,7 @@ class LDCMTL(LearningBalancer):
             dtype=dtype,
             update_weights_every=update_weights_every,
             on_nonfinite=on_nonfinite,
+            loss_floor=loss_floor,
         )
 
     def _set_tasks(self, n_tasks: int) -> None:
@@ -144,6 +146,7 @@ class LDCMTL(LearningBalancer):
         """l (n,) and dl/dL (n,)."""
         if self.normalization == "identical":
             return losses, 1.0
+        losses = self._floored(losses)
         initial = self._with_first(batch, losses)
         own = take(initial, batch.tasks)
         if self.normalization == "log":
@@ -153,6 +156,7 @@ class LDCMTL(LearningBalancer):
 
     def _with_first(self, batch: Batch, losses: Tensor) -> Tensor:
         """L(0) (T,), with this step's losses for tasks that are new."""
+        losses = self._floored(losses)
         initial = like(self._initial, losses)
         for task, loss in zip(batch.tasks, losses.unbind(), strict=True):
             if not self._seen[task]:

@@ -22,25 +22,33 @@ class LossBalancer(Balancer):
     losses of every step.
 
     Methods that take a logarithm or a reciprocal of a loss call `_refuse_low`: a loss too low for
-    it is a ValueError that names the task. The losses are looked at on CPUs always and on
-    accelerators with `on_nonfinite="skip"` or "raise", that is where they are read anyway;
-    otherwise the weights become what the arithmetic says, mostly NaN.
+    it is a ValueError that names the task, unless `loss_floor` bounds what they see. The losses
+    are read on CPUs always and on accelerators with `on_nonfinite="skip"` or "raise", where they
+    are read anyway; otherwise the weights become what the arithmetic says, mostly NaN.
     """
 
     def _backward(self, batch: Batch, searches: bool) -> tuple[Tensor, Info]:
         assert self.weights is not None
+        if batch.accumulate:
+            raise ValueError(
+                f"accumulate must be False for {type(self).__name__}, which weighs losses, not "
+                "gradients: call backward for every micro-batch, .grad adds up"
+            )
         losses = batch.losses
         with torch.no_grad():
             weights = self._weigh(batch, losses) if searches else like(self._current(batch), losses)
             self._observe(batch, losses)
         seeds = weights if batch.seed is None else weights * batch.seed
-        torch.autograd.backward(
-            batch.present,
-            [
-                seed.to(loss.dtype).expand_as(loss)
-                for seed, loss in zip(seeds.unbind(), batch.present, strict=True)
-            ],
-        )
+        roots = batch.present
+        starts = [
+            seed.to(loss.dtype).expand_as(loss)
+            for seed, loss in zip(seeds.unbind(), roots, strict=True)
+        ]
+        if batch.unbalanced is not None:
+            one = torch.ones_like(batch.unbalanced)
+            starts.append(one if batch.seed is None else one * batch.seed)
+            roots = [*roots, batch.unbalanced]
+        torch.autograd.backward(roots, starts, retain_graph=batch.retain_graph)
         self._counted["backwards"] += 1
         with torch.no_grad():
             if searches:
@@ -103,7 +111,7 @@ class LossBalancer(Balancer):
         Raises:
             ValueError: naming the task.
         """
-        if not self._reads(batch):
+        if self.loss_floor is not None or not self._reads(batch):
             return
         for task, loss in zip(batch.tasks, batch.present, strict=True):
             value = loss.item()
@@ -113,7 +121,7 @@ class LossBalancer(Balancer):
                 sign = ">" if or_equal else ">="
                 raise ValueError(
                     f"{self._label(task)} must be {sign} {bound:g}: {type(self).__name__} {why}, "
-                    f"got {value:g}"
+                    f"got {value:g}; loss_floor= bounds what it sees"
                 )
 
 
@@ -145,6 +153,7 @@ class LearningBalancer(LossBalancer):
         dtype: torch.dtype | None,
         update_weights_every: int,
         on_nonfinite: str | None,
+        loss_floor: float | None = None,
     ) -> None:
         if n_tasks is None:
             raise ValueError(
@@ -155,7 +164,10 @@ class LearningBalancer(LossBalancer):
         self._device, self._dtype = device, dtype
         self._scalars: list[Parameter] = []
         super().__init__(
-            n_tasks, update_weights_every=update_weights_every, on_nonfinite=on_nonfinite
+            n_tasks,
+            update_weights_every=update_weights_every,
+            on_nonfinite=on_nonfinite,
+            loss_floor=loss_floor,
         )
 
     def _set_tasks(self, n_tasks: int) -> None:

@@ -16,6 +16,7 @@ class SI(LossBalancer):
         w_i = 1 / L_i
 
     The loss that `backward` returns, sum_i w_i L_i, is therefore the number of present tasks.
+    A loss that may reach 0 needs `loss_floor`.
 
     Beside the peers: TorchJD's GeometricMean and LibMTL's GLS minimise (prod_i L_i)^(1/T), whose
     gradient is the same times GM / T, GM being the geometric mean of the losses.
@@ -28,4 +29,4 @@ class SI(LossBalancer):
 
     def _weigh(self, batch: Batch, losses: Tensor) -> Tensor:
         self._refuse_low(batch, "takes its logarithm")
-        return losses.reciprocal()
+        return self._floored(losses).reciprocal()

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..checks import check_choice, check_scaler
+from ..checks import check_choice, check_number, check_scaler
 from ..errors import NonFiniteError, warn
+from .caches import forget_weight_copies
 from .device import tell_compiler, uncompiled
 from .graph import graph_leaves
-from .losses import Losses, as_list
+from .losses import Losses, as_list, what_is_wrong
 from .per_task import take
 
 #: What `Balancer.stats` counts.
@@ -179,6 +180,9 @@ class Balancer(ABC):
         n_tasks: T; None: found at the first backward.
         update_weights_every: steps between two searches of weights, N >= 1. The steps between
             make one backward of the losses weighted as the last search said.
+        loss_floor: for methods that take a logarithm, a power or the reciprocal of a loss: their
+            formulas see max(loss, loss_floor), while the gradient stays that of the loss, times
+            the weight. None: a loss at which the formula is not defined is refused by a ValueError.
         on_nonfinite: what a NaN or infinite loss does, and for gradient-level methods a gradient
             (`GradientBalancer` says which are looked at): "skip" the step (no gradient
             is written, a warning, `stats["skipped"]`), "raise" NonFiniteError before anything is
@@ -220,7 +224,11 @@ class Balancer(ABC):
         *,
         update_weights_every: int = 1,
         on_nonfinite: str | None = None,
+        loss_floor: float | None = None,
     ) -> None:
+        if loss_floor is not None:
+            loss_floor = check_number("loss_floor", loss_floor, 0, open_low=True)
+        self.loss_floor = loss_floor
         if n_tasks is not None and (type(n_tasks) is not int or n_tasks < 1):
             raise ValueError(f"n_tasks must be an integer >= 1 or None, got {n_tasks!r}")
         if type(update_weights_every) is not int or update_weights_every < 1:
@@ -309,13 +317,22 @@ class Balancer(ABC):
                 elsewhere.
             scaler: its scale multiplies the gradients on their way through the graph; see
                 `Balancer`. Give the losses as they are, not `scaler.scale(loss)`.
+            unbalanced: a scalar loss beside the tasks', such as a regularizer. Its gradient is
+                added to `.grad` of all that it reaches, with weight 1; it takes no part in the
+                weights, nor in the loss that is returned.
+            retain_graph: keep the graph for another backward.
+            accumulate: a micro-batch of a larger batch, for gradient-level methods: its tasks'
+                gradients are added to those of the calls before. The next call without
+                `accumulate` finds one set of weights for the sum, and writes `.grad`; losses that
+                a method looks at are sums as well.
 
         Returns:
             The weighted sum of the losses, a detached scalar, and `Info`.
 
         Raises:
             ValueError: a wrong number of losses, a loss that is no scalar or not attached to a
-                graph, something that the method needs is missing.
+                graph, something that the method needs is missing, `accumulate` with a method that
+                does not look at gradients.
             NonFiniteError: with `on_nonfinite="raise"`.
             SolverError: no weights, with `on_failure="raise"` (gradient-level methods).
         """
@@ -325,6 +342,9 @@ class Balancer(ABC):
                 "names of a dict could mean another order"
             )
         values, names = as_list(losses, self.n_tasks, self.names)
+        wrong = None if unbalanced is None else what_is_wrong(unbalanced, attached=True)
+        if wrong is not None:
+            raise ValueError(f"unbalanced {wrong}")
         if self.weights is None:
             self._set_tasks(len(values))
         self.names = names
@@ -347,8 +367,11 @@ class Balancer(ABC):
                 batch.read.append(loss.item())
                 if not math.isfinite(batch.read[-1]):
                     return self._refuse(batch, f"{self._label(i)} is not finite")
+            if unbalanced is not None and not math.isfinite(unbalanced.item()):
+                return self._refuse(batch, "unbalanced is not finite")
         searches = not self._found or self._steps % self.update_weights_every == 0
         loss, info = self._backward(batch, searches)
+        forget_weight_copies()  # those of the weights that the optimizer is about to step
         if info.skipped is None and not accumulate:
             self._steps += 1
             self._counted["steps"] += 1
@@ -390,6 +413,10 @@ class Balancer(ABC):
     def _moved(self, batch: Batch) -> Iterable[Tensor]:
         """What the step writes a `.grad` of, but for the method's own parameters."""
         return graph_leaves(batch.present, ())
+
+    def _floored(self, losses: Tensor) -> Tensor:
+        """What a formula sees of losses, or of their distances to a minimum."""
+        return losses if self.loss_floor is None else losses.clamp(min=self.loss_floor)
 
     def _weighted_sum(self, batch: Batch) -> Tensor:
         weights = self._current(batch)

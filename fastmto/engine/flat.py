@@ -2,9 +2,9 @@
 
 The kernels walk one long vector; the model keeps its tensors. A `FlatLayout` says where each
 tensor's elements lie in such a vector; `FlatParameters` also moves the parameters into one buffer
-and makes each a view of its piece, with the shape and strides it had. Names, tied weights,
-`state_dict` and in-place loading go on working; what replaces a parameter's storage
-(`model.to(device)`, `p.data = ...`) does not, and `check` says so.
+and makes each show its piece of it, with the shape and strides it had and a storage of its own.
+Names, tied weights, `state_dict` and in-place loading go on working; what replaces a parameter's
+storage (`model.to(device)`, `p.data = ...`) does not, and `check` says so.
 """
 
 from __future__ import annotations
@@ -51,12 +51,20 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def own_storage(view: Tensor) -> Tensor:
-    """The same memory as a tensor whose storage covers just itself.
+    """The same memory as a tensor whose storage covers just itself; shape and strides stay.
 
-    Savers group tensors by storage: of slices of one buffer they write one, or the whole buffer.
+    Savers group tensors by storage: of slices of one buffer safetensors writes one and accelerate
+    drops the others, and `torch.save` of one slice writes the whole buffer. The new storage keeps
+    the buffer alive, and has a version counter of its own.
+
+    Args:
+        view: without gradient; of any strides, on any device that DLPack knows.
     """
+    if not view.numel():
+        return view.detach().clone()  # nothing to share
     alias: Tensor = torch.utils.dlpack.from_dlpack(view.detach())
-    return alias
+    # DLPack leaves out what strides of axes of length 1 are.
+    return alias if alias.stride() == view.stride() else alias.as_strided(view.shape, view.stride())
 
 
 def _aligned_zeros(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -128,7 +136,7 @@ class FlatParameters(FlatLayout):
     """A layout whose parameters live in its buffer.
 
     Args:
-        parameters: as for `FlatLayout`; their `.data` becomes views of the buffer, values
+        parameters: as for `FlatLayout`; their `.data` becomes pieces of the buffer, values
             unchanged.
 
     Attributes:
@@ -141,7 +149,7 @@ class FlatParameters(FlatLayout):
         with torch.no_grad():
             for p, view in zip(self.parameters, self.views(self.data), strict=True):
                 view.copy_(p)
-                p.data = view
+                p.data = own_storage(view)
         self._pointers = [p.data_ptr() for p in self.parameters]
 
     def check(self, label: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import ops
+from ..ops.plan import GradientPlan
 from .flat import FlatLayout, is_dense, own_storage, state_dtype
 from .gradients import TaskGradients
 from .survey import Head
@@ -55,8 +56,9 @@ class GradientLevel:
         self.numel = sum(layout.numel for layout in self.layouts)
         self.dtypes = {*dtypes, *(p.dtype for _, p in heads)}
         #: The passes: torch operators, or on a CPU where the host decides the functions behind
-        #: them, which cost a call less.
+        #: them, which cost a call less; over the task rows a plan there.
         self.ops: Any = ops
+        self._plan: GradientPlan | None = None
         ops.backend(self.device)  # raises where there is none
         self._found = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._joint_views = [own_storage(view) for view in self.gradients.views(self.joint)]
@@ -97,14 +99,17 @@ class GradientLevel:
         self._inputs = list(inputs)
         self._trunk = trunk
         self.seed = seed
-        self._targets = [inputs[k] for k in self._order]
-        self.gradients.rebind(self._targets)
+        self.targets = [inputs[k] for k in self._order]
+        self.gradients.rebind(self.targets)
 
     def gram(self) -> Tensor:
         """Inner products (T, T) of the tasks' gradients, float64 on the device, new memory."""
-        for rows, out in zip(self.task_rows, self._grams, strict=True):
-            self.ops.gram(rows, out)
-        gram = self._grams.sum(dim=0) if len(self._grams) > 1 else self._grams[0].clone()
+        if self._plan is not None:
+            gram = self._plan.gram()
+        else:
+            for rows, out in zip(self.task_rows, self._grams, strict=True):
+                self.ops.gram(rows, out)
+            gram = self._grams.sum(dim=0) if len(self._grams) > 1 else self._grams[0].clone()
         return gram if self.seed is None else gram / self.seed.double().square()
 
     def combine(self, rows: Sequence[Tensor], weights: Tensor) -> None:
@@ -115,6 +120,9 @@ class GradientLevel:
             weights: (T,) float64.
         """
         weights = weights.to(self.device)
+        if self._plan is not None and rows is self.task_rows:
+            self._plan.combine(weights)
+            return
         for task_rows, out in zip(rows, self.joint_rows, strict=True):
             if task_rows.dtype == out.dtype:
                 self.ops.combine(task_rows, weights, out)
@@ -125,6 +133,8 @@ class GradientLevel:
 
     def finite(self, row: int) -> bool:
         """Whether a row of gradients is finite; synchronizes with the device."""
+        if self._plan is not None:
+            return self._plan.finite(row)
         self._found.zero_()
         for rows in self.gradients.rows:
             self.ops.check(rows[row : row + 1], self._found)
@@ -150,16 +160,22 @@ class GradientLevel:
         """The passes are not captured and not compiled."""
         if self.device.type == "cpu":
             self.ops = ops.backend(self.device)
+            self._plan = GradientPlan(self.gradients.rows)
 
     def task_state(self) -> list[Tensor]:
         """Zeros like the task rows, in the precision that state is kept in."""
         return [layout.rows(self.joint, state_dtype(layout.dtype)) for layout in self.layouts]
 
+    def stacked_views(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """The pieces (T, *shape) of rows like the task rows, one for each of `targets`."""
+        each = zip(self.layouts, rows, strict=True)
+        return [view for layout, own in each for view in layout.stacked_views(own)]
+
     def keep_old_grads(self) -> None:
         """A `.grad` that still shows these buffers gets memory of its own before they change."""
         shown = [(p, views[0]) for (_, p), views in zip(self.heads, self._head_views, strict=True)]
         if not self.at_features:
-            shown += zip(self._targets, self._joint_views, strict=True)
+            shown += zip(self.targets, self._joint_views, strict=True)
         for p, view in shown:
             if p.grad is not None and p.grad.data_ptr() == view.data_ptr():
                 p.grad = p.grad.clone()
@@ -177,7 +193,7 @@ class GradientLevel:
         hits = [
             (p, view)
             for p, view, hit in zip(
-                self._targets, self._joint_views, gradients.reached_now, strict=True
+                self.targets, self._joint_views, gradients.reached_now, strict=True
             )
             if hit
         ]

@@ -64,7 +64,7 @@ def as_list(
         if loss is None:
             absent += 1
             continue
-        what = _what_is_wrong(loss, attached)
+        what = what_is_wrong(loss, attached)
         if what is not None:
             raise ValueError(f"losses[{(names[i] if named and names else i)!r}] {what}")
     if absent == len(values):
@@ -72,8 +72,8 @@ def as_list(
     return values, names if names is None or isinstance(names, list) else list(names)
 
 
-def _what_is_wrong(loss: object, attached: bool) -> str | None:
-    """Why a loss cannot be used; None if it can."""
+def what_is_wrong(loss: object, attached: bool) -> str | None:
+    """Why a loss cannot be used, as the end of a message; None if it can."""
     if not isinstance(loss, Tensor):
         return f"must be a scalar tensor, got {type(loss).__name__}"
     if loss.numel() != 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..checks import check_initialized
 from ..errors import warn
 from .balancer import Batch, as_tensors
 from .graph import graph_nodes, leaves, reaches
@@ -71,6 +72,7 @@ def trainable(name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
             "parameters"
         )
     for k, tensor in enumerate(inputs):
+        check_initialized(f"{name}[{k}]", tensor)
         if not tensor.requires_grad and not isinstance(tensor, Parameter):
             raise ValueError(f"{name}[{k}] (shape {tuple(tensor.shape)}) requires no grad")
         if not tensor.is_floating_point() or tensor.device != inputs[0].device:

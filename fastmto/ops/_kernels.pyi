@@ -6,7 +6,9 @@ Strides in elements. `skip` and `sigma` may be 0, for None.
 3 x86-64-v4.
 """
 
-def search(
+from collections.abc import Sequence
+
+def update_gram(
     kind: int,
     dtype: int,
     per_task: bool,
@@ -26,7 +28,7 @@ def search(
     gram: int,
     /,
 ) -> None: ...
-def search_clipped(
+def update_gram_clipped(
     kind: int,
     dtype: int,
     per_task: bool,
@@ -77,7 +79,7 @@ def apply(
     sigma: int,
     /,
 ) -> None: ...
-def delayed(
+def apply_and_gram(
     kind: int,
     dtype: int,
     per_task: bool,
@@ -140,7 +142,7 @@ def perturb(
     isa: int,
     /,
 ) -> None: ...
-def check(
+def all_finite(
     dtype: int,
     tasks: int,
     numel: int,
@@ -148,50 +150,32 @@ def check(
     grads_stride: int,
     threads: int,
     isa: int,
-    found: int,
-    /,
-) -> None: ...
-def clock(rows: int, hyper: int, counts: int, active: int, numbers: int, found: int, /) -> None: ...
-def advance(rows: int, counts: int, active: int, found: int, tally: int, /) -> None: ...
-def look(
-    runs: int,
-    takes_part: int,
-    n_runs: int,
-    rows: int,
-    clipped: int,
-    lambda_rel: float,
-    lambda_abs: float,
-    threads: int,
-    clock_rows: int,
-    hyper: int,
-    counts: int,
-    active: int,
-    numbers: int,
-    found: int,
-    tally: int,
-    searches: bool,
-    gram: int,
     /,
 ) -> bool: ...
-def move(
-    runs: int,
-    takes_part: int,
-    n_runs: int,
-    rows: int,
-    clipped: int,
-    lambda_rel: float,
-    lambda_abs: float,
-    threads: int,
-    clock_rows: int,
-    hyper: int,
-    counts: int,
-    active: int,
-    numbers: int,
-    found: int,
-    tally: int,
-    weights: int,
-    searches: bool,
-    gram: int,
-    /,
+def step_constants(
+    rows: int, hyper: int, counts: int, active: int, numbers: int, found: int, /
 ) -> None: ...
+def count_step(rows: int, counts: int, active: int, found: int, tally: int, /) -> None: ...
 def supported(isa: int, /) -> bool: ...
+
+#: What `update_gram` takes before `gram`, then params, segments, n_segments and sigma.
+_Run = tuple[int, ...]
+
+class Plan:
+    def __init__(
+        self,
+        rows: int,
+        hyper: int,
+        counts: int,
+        numbers: int,
+        tally: int,
+        gram: int,
+        clipped: bool,
+        lambda_rel: float,
+        lambda_abs: float,
+        shared: tuple[_Run, ...],
+        heads: tuple[_Run, ...],
+        /,
+    ) -> None: ...
+    def look(self, rows: int, active: Sequence[bool], searches: bool, threads: int, /) -> bool: ...
+    def move(self, weights: Sequence[float], searches: bool, threads: int, /) -> None: ...

@@ -12,158 +12,24 @@ import torch
 from torch import Tensor
 
 from .. import solvers
-from ..optim.rules import AdaGrad, Adam, Hyper, Numbers, RMSProp, Rule
-from . import MAX_SOLVED_TASKS, _kernels, perturbation
-
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_NUMBERS, _HYPER = len(Numbers._fields), len(Hyper._fields)
-
-_RULES: tuple[Rule, ...] = (
-    Adam(),
-    AdaGrad(),
-    RMSProp(),
-    RMSProp(momentum=0.5),
-    RMSProp(centered=True),
-    RMSProp(momentum=0.5, centered=True),
+from . import _kernels, perturbation
+from .cpu_checks import (
+    DTYPES,
+    check_grads,
+    check_matrix,
+    check_problem,
+    check_segments,
+    check_skip,
+    check_table,
+    check_update,
+    check_vector,
+    wrong,
 )
-#: Number of the element formula -> names of its state tensors.
-_STATES = {rule.kind: rule.state_names for rule in _RULES}
+
 _STATUSES = {name: float(number) for number, name in enumerate(solvers.STATUSES)}
 
-#: What the three passes over updates take first, in the order of `_kernels.search`.
-_Update = tuple[int, int, bool, int, int, int, int, int, int, int, int, int, int, int, int, int]
 
-
-def _describe(tensor: Tensor) -> str:
-    return (
-        f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}, "
-        f"strides {tensor.stride()}, on {tensor.device}"
-    )
-
-
-def _wrong(name: str, expected: str, tensor: Tensor) -> ValueError:
-    return ValueError(f"{name} must be {expected}, got {_describe(tensor)}")
-
-
-def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> None:
-    if (
-        tensor.dtype is not dtype
-        or tensor.shape != (numel,)
-        or not tensor.is_contiguous()
-        or not tensor.is_cpu
-    ):
-        kind = str(dtype).removeprefix("torch.")
-        raise _wrong(name, f"a contiguous {kind} CPU tensor of shape ({numel},)", tensor)
-
-
-def _check_matrix(name: str, tensor: Tensor, rows: int, columns: int) -> None:
-    if (
-        tensor.dtype is not torch.float64
-        or tensor.shape != (rows, columns)
-        or not tensor.is_contiguous()
-        or not tensor.is_cpu
-    ):
-        raise _wrong(name, f"a contiguous float64 CPU tensor of shape ({rows}, {columns})", tensor)
-
-
-def _check_grads(grads: Tensor) -> tuple[int, int, int, int]:
-    """The number of the dtype, T, P and the row stride of grads."""
-    dtype = _DTYPES.get(grads.dtype)
-    if dtype is None or grads.dim() != 2 or not grads.is_cpu:
-        raise _wrong("grads", "a (T, P) CPU tensor of float32, float64, bfloat16 or float16", grads)
-    tasks, numel = grads.shape
-    stride, along = grads.stride()
-    if tasks < 1 or (numel > 1 and along != 1) or (tasks > 1 and stride < numel):
-        raise _wrong("grads", "(T >= 1, P) with contiguous rows that do not overlap", grads)
-    return dtype, tasks, numel, stride
-
-
-def _check_segments(segments: Tensor, numel: int) -> int:
-    """The number S of tensors. Their borders are read: they decide what memory is touched."""
-    if (
-        segments.dtype is not torch.int64
-        or segments.dim() != 1
-        or segments.numel() < 2
-        or not segments.is_contiguous()
-        or not segments.is_cpu
-    ):
-        raise _wrong("segments", "a contiguous int64 CPU tensor of shape (S + 1,)", segments)
-    first, last = int(segments[0]), int(segments[-1])
-    if first != 0 or last != numel or not bool((segments[1:] >= segments[:-1]).all()):
-        raise ValueError(
-            f"segments must rise from 0 to P = {numel}, got {first} to {last}"
-            + ("" if first != 0 or last != numel else ", not sorted")
-        )
-    return segments.numel() - 1
-
-
-def _update(kind: int, numbers: Tensor, grads: Tensor, state: list[Tensor], isa: int) -> _Update:
-    dtype, tasks, numel, stride = _check_grads(grads)
-    names = _STATES.get(kind)
-    if names is None:
-        raise ValueError(f"kind must be a rule's, from 0 to {max(_STATES)}, got {kind!r}")
-    if len(state) != len(names):
-        raise ValueError(
-            f"state must hold {len(names)} tensors ({', '.join(names)}), got {len(state)}"
-        )
-    maths = torch.float64 if dtype == 1 else torch.float32
-    addresses = [0, 0, 0, 0, 0, 0]
-    per_task = state[0].dim() == 2
-    for k, tensor in enumerate(state):
-        if per_task:
-            if (
-                tensor.dtype is not maths
-                or tensor.shape != (tasks, numel)
-                or (numel > 1 and tensor.stride(1) != 1)
-                or (tasks > 1 and tensor.stride(0) < numel)
-                or not tensor.is_cpu
-            ):
-                dtype_name = str(maths).removeprefix("torch.")
-                expected = (
-                    f"a {dtype_name} CPU tensor of shape ({tasks}, {numel}) with contiguous rows "
-                    "that do not overlap"
-                )
-                raise _wrong(f"state[{k}] ({names[k]})", expected, tensor)
-            addresses[2 * k + 1] = tensor.stride(0)
-        elif (
-            tensor.dtype is not maths
-            or tensor.shape != (numel,)
-            or not tensor.is_contiguous()
-            or not tensor.is_cpu
-        ):
-            _check_vector(f"state[{k}] ({names[k]})", tensor, maths, numel)
-        addresses[2 * k] = tensor.data_ptr()
-    _check_matrix("numbers", numbers, tasks if per_task else 1, _NUMBERS)
-    a, b, c, d, e, f = addresses
-    return (
-        kind,
-        dtype,
-        per_task,
-        tasks,
-        numel,
-        grads.data_ptr(),
-        stride,
-        numbers.data_ptr(),
-        a,
-        b,
-        c,
-        d,
-        e,
-        f,
-        torch.get_num_threads(),
-        isa,
-    )
-
-
-def _check_skip(skip: Tensor | None) -> int:
-    """The address of skip, 0 for None."""
-    if skip is None:
-        return 0
-    _check_vector("skip", skip, torch.int32, 1)
-    return skip.data_ptr()
-
-
-def search(
+def update_gram(
     kind: int,
     numbers: Tensor,
     grads: Tensor,
@@ -177,19 +43,19 @@ def search(
     isa: int = 0,
 ) -> None:
     """gram_ij = <u_i, u_j>, and sigma with Clippy; see `fastmto.ops`."""
-    update = _update(kind, numbers, grads, state, isa)
+    update = check_update(kind, numbers, grads, state, isa)
     tasks, numel = update[3], update[4]
-    _check_matrix("gram", gram, tasks, tasks)
+    check_matrix("gram", gram, tasks, tasks)
     if clippy is None:
-        _kernels.search(*update, gram.data_ptr())
+        _kernels.update_gram(*update, gram.data_ptr())
         return
     if params is None or segments is None or sigma is None:
         raise ValueError("params, segments and sigma must be given with clippy")
     lambda_rel, lambda_abs = clippy
-    _check_vector("params", params, grads.dtype, numel)
-    n_segments = _check_segments(segments, numel)
-    _check_matrix("sigma", sigma, tasks, n_segments)
-    _kernels.search_clipped(
+    check_vector("params", params, grads.dtype, numel)
+    n_segments = check_segments(segments, numel)
+    check_matrix("sigma", sigma, tasks, n_segments)
+    _kernels.update_gram_clipped(
         *update,
         gram.data_ptr(),
         lambda_rel,
@@ -215,22 +81,22 @@ def apply(
     isa: int = 0,
 ) -> None:
     """The step of parameters and moments; see `fastmto.ops`."""
-    update = _update(kind, numbers, grads, state, isa)
+    update = check_update(kind, numbers, grads, state, isa)
     tasks, numel = update[3], update[4]
-    _check_vector("params", params, grads.dtype, numel)
-    _check_vector("weights", weights, torch.float64, tasks)
-    moved = params.data_ptr(), weights.data_ptr(), _check_skip(skip)
+    check_vector("params", params, grads.dtype, numel)
+    check_vector("weights", weights, torch.float64, tasks)
+    moved = params.data_ptr(), weights.data_ptr(), check_skip(skip)
     if sigma is None:
         _kernels.apply(*update, *moved, 0, 0, 0)
         return
     if segments is None:
         raise ValueError("segments must be given with sigma")
-    n_segments = _check_segments(segments, numel)
-    _check_matrix("sigma", sigma, tasks, n_segments)
+    n_segments = check_segments(segments, numel)
+    check_matrix("sigma", sigma, tasks, n_segments)
     _kernels.apply(*update, *moved, segments.data_ptr(), n_segments, sigma.data_ptr())
 
 
-def delayed(
+def apply_and_gram(
     kind: int,
     numbers: Tensor,
     grads: Tensor,
@@ -245,34 +111,34 @@ def delayed(
     skip: Tensor | None = None,
     isa: int = 0,
 ) -> None:
-    """search and apply; see `fastmto.ops`.
+    """update_gram and apply; see `fastmto.ops`.
 
     With Clippy a tensor's factor is known only at its end, so that makes two passes; the factors
-    are this step's, and stand in `sigma` afterwards. The results have the bits of `search` and
+    are this step's, and stand in `sigma` afterwards. The results have the bits of `update_gram` and
     `apply` called one after the other.
     """
-    update = _update(kind, numbers, grads, state, isa)
+    update = check_update(kind, numbers, grads, state, isa)
     tasks, numel = update[3], update[4]
-    _check_vector("params", params, grads.dtype, numel)
-    _check_vector("weights", weights, torch.float64, tasks)
-    _check_matrix("gram", gram, tasks, tasks)
-    skip_address = _check_skip(skip)
+    check_vector("params", params, grads.dtype, numel)
+    check_vector("weights", weights, torch.float64, tasks)
+    check_matrix("gram", gram, tasks, tasks)
+    skip_address = check_skip(skip)
     if clippy is None:
         if sigma is not None:
             raise ValueError("clippy must be given with sigma")
-        _kernels.delayed(
+        _kernels.apply_and_gram(
             *update, params.data_ptr(), weights.data_ptr(), skip_address, gram.data_ptr()
         )
         return
     head = kind, numbers, grads, state
-    search(*head, gram, clippy=clippy, params=params, segments=segments, sigma=sigma, isa=isa)
+    update_gram(*head, gram, clippy=clippy, params=params, segments=segments, sigma=sigma, isa=isa)
     apply(*head, params, weights, segments=segments, sigma=sigma, skip=skip, isa=isa)
 
 
 def gram(grads: Tensor, gram: Tensor, *, isa: int = 0) -> None:
     """gram_ij = <g_i, g_j>; see `fastmto.ops`."""
-    dtype, tasks, numel, stride = _check_grads(grads)
-    _check_matrix("gram", gram, tasks, tasks)
+    dtype, tasks, numel, stride = check_grads(grads)
+    check_matrix("gram", gram, tasks, tasks)
     _kernels.gram(
         dtype,
         tasks,
@@ -287,9 +153,9 @@ def gram(grads: Tensor, gram: Tensor, *, isa: int = 0) -> None:
 
 def combine(grads: Tensor, weights: Tensor, out: Tensor, *, isa: int = 0) -> None:
     """out = sum_i weights_i g_i; see `fastmto.ops`."""
-    dtype, tasks, numel, stride = _check_grads(grads)
-    _check_vector("weights", weights, torch.float64, tasks)
-    _check_vector("out", out, grads.dtype, numel)
+    dtype, tasks, numel, stride = check_grads(grads)
+    check_vector("weights", weights, torch.float64, tasks)
+    check_vector("out", out, grads.dtype, numel)
     _kernels.combine(
         dtype,
         tasks,
@@ -316,10 +182,10 @@ def perturb(
 ) -> None:
     """out_r = params + scale_r u_r; see `fastmto.ops`."""
     if not params.is_cpu:
-        raise _wrong("params", "on the CPU", params)
+        raise wrong("params", "on the CPU", params)
     perturbation.check(params, out, scale, direction, seed, offset, distribution)
     _kernels.perturb(
-        _DTYPES[params.dtype],
+        DTYPES[params.dtype],
         len(out),
         params.numel(),
         params.data_ptr(),
@@ -338,29 +204,21 @@ def perturb(
 
 def check(grads: Tensor, found: Tensor, *, isa: int = 0) -> None:
     """found = 1 where an element is NaN, infinite or too large to be squared; see `fastmto.ops`."""
-    dtype, tasks, numel, stride = _check_grads(grads)
-    _check_vector("found", found, torch.int32, 1)
-    _kernels.check(
-        dtype,
-        tasks,
-        numel,
-        grads.data_ptr(),
-        stride,
-        torch.get_num_threads(),
-        isa,
-        found.data_ptr(),
-    )
+    dtype, tasks, numel, stride = check_grads(grads)
+    check_vector("found", found, torch.int32, 1)
+    threads = torch.get_num_threads()
+    if not _kernels.all_finite(dtype, tasks, numel, grads.data_ptr(), stride, threads, isa):
+        found.fill_(1)
 
 
-def clock(hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found: Tensor) -> None:
+def step_constants(
+    hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found: Tensor
+) -> None:
     """numbers of the next step, with the bits of `Rule.numbers`; see `fastmto.ops`."""
-    rows = counts.numel()
-    _check_matrix("hyper", hyper, rows, _HYPER)
-    _check_vector("counts", counts, torch.int64, rows)
-    _check_vector("active", active, torch.int32, rows)
-    _check_matrix("numbers", numbers, rows, _NUMBERS)
-    _check_vector("found", found, torch.int32, 1)
-    _kernels.clock(
+    rows = check_table(hyper, counts, numbers)
+    check_vector("active", active, torch.int32, rows)
+    check_vector("found", found, torch.int32, 1)
+    _kernels.step_constants(
         rows,
         hyper.data_ptr(),
         counts.data_ptr(),
@@ -370,14 +228,16 @@ def clock(hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found:
     )
 
 
-def advance(counts: Tensor, active: Tensor, found: Tensor, tally: Tensor) -> None:
+def count_step(counts: Tensor, active: Tensor, found: Tensor, tally: Tensor) -> None:
     """The step counts after a step that was taken or skipped; see `fastmto.ops`."""
     rows = counts.numel()
-    _check_vector("counts", counts, torch.int64, rows)
-    _check_vector("active", active, torch.int32, rows)
-    _check_vector("found", found, torch.int32, 1)
-    _check_vector("tally", tally, torch.int64, 2)
-    _kernels.advance(rows, counts.data_ptr(), active.data_ptr(), found.data_ptr(), tally.data_ptr())
+    check_vector("counts", counts, torch.int64, rows)
+    check_vector("active", active, torch.int32, rows)
+    check_vector("found", found, torch.int32, 1)
+    check_vector("tally", tally, torch.int64, 2)
+    _kernels.count_step(
+        rows, counts.data_ptr(), active.data_ptr(), found.data_ptr(), tally.data_ptr()
+    )
 
 
 def bargaining(
@@ -390,28 +250,17 @@ def bargaining(
     ridge: float = 0.0,
 ) -> None:
     """The bargaining weights, if there are any; see `fastmto.ops`."""
-    tasks = _check_problem(gram, weights, info)
+    tasks = check_problem(gram, weights, info)
     if preference is not None:
-        _check_vector("preference", preference, torch.float64, tasks)
+        check_vector("preference", preference, torch.float64, tasks)
     powers = None if preference is None else preference.numpy()
     _tell(solvers.bargaining(gram, preference=powers, tol=tol, ridge=ridge), weights, info)
 
 
 def mgda(gram: Tensor, weights: Tensor, info: Tensor) -> None:
     """The point of the simplex of least norm; see `fastmto.ops`."""
-    _check_problem(gram, weights, info)
+    check_problem(gram, weights, info)
     _tell(solvers.mgda(gram), weights, info)
-
-
-def _check_problem(gram: Tensor, weights: Tensor, info: Tensor) -> int:
-    """The number of tasks of a solver's problem."""
-    tasks = gram.shape[0] if gram.dim() == 2 else 0
-    if not 1 <= tasks <= MAX_SOLVED_TASKS:
-        raise _wrong("gram", f"(T, T) with T from 1 to {MAX_SOLVED_TASKS}", gram)
-    _check_matrix("gram", gram, tasks, tasks)
-    _check_vector("weights", weights, torch.float64, tasks)
-    _check_vector("info", info, torch.float64, 4)
-    return tasks
 
 
 def _tell(result: solvers.Result[Tensor], weights: Tensor, info: Tensor) -> None:

@@ -153,7 +153,7 @@ class ClippyAdam(torch.optim.Optimizer):
         clippy = (self._clippy.lambda_rel, self._clippy.lambda_abs)
         bounds = {"segments": segments, "sigma": self._sigma}
         params = as_vector(p)
-        ops.search(
+        ops.update_gram(
             rule.kind, numbers, grads, state, self._gram, clippy=clippy, params=params, **bounds
         )
         ops.apply(rule.kind, numbers, grads, state, params, self._one, **bounds)

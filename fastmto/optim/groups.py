@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..checks import check_initialized
 from ..engine.flat import is_dense
 
 Parameters = Iterable[Parameter] | Iterable[Mapping[str, Any]]
@@ -32,6 +33,7 @@ def check_parameter(label: str, p: object) -> Parameter:
     """
     if not isinstance(p, Tensor):
         raise ValueError(f"{label} must be a parameter, got {type(p).__name__}")
+    check_initialized(label, p)
     shape = tuple(p.shape)
     if not p.is_floating_point():
         raise ValueError(f"{label} (shape {shape}) must be of a real floating dtype, got {p.dtype}")

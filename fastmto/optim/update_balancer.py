@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_scaler
+from ..engine.caches import forget_weight_copies
 from ..engine.device import capturing, tell_compiler, uncompiled
 from ..engine.gradients import TaskGradients
-from ..engine.losses import Losses, as_list, first_nonfinite
+from ..engine.graph import leaves
+from ..engine.losses import Losses, as_list, first_nonfinite, what_is_wrong
 from ..engine.search import SCALES, Search
 from ..engine.survey import survey
 from ..errors import NonFiniteError, warn
@@ -298,6 +300,9 @@ class UpdateBalancer(torch.optim.Optimizer):
                 the step is skipped and counted.
         """
         values, names = as_list(losses, self.n_tasks, self._known["names"])
+        wrong = None if unbalanced is None else what_is_wrong(unbalanced, attached=True)
+        if wrong is not None:
+            raise ValueError(f"unbalanced {wrong}")
         scaler = check_scaler(scaler)
         level, pending = self._level, self._pending
         if pending.kind is not None and scaler is not pending.scaler:
@@ -363,6 +368,7 @@ class UpdateBalancer(torch.optim.Optimizer):
         if self._search.steps == 0:
             self._survey(values)
         if not any(gradients.reached_shared):
+            self._check_replaced(values)
             warn("no task of this step reaches the shared parameters (stats['untouched'])")
         pending.show(level)
 
@@ -382,16 +388,35 @@ class UpdateBalancer(torch.optim.Optimizer):
         """At the first step: what the graph says of the parameters that were listed."""
         level, gradients = self._level, self._level.gradients
         assert gradients is not None
-        if not all(gradients.ever_reached):
-            missed = [k for k, on in enumerate(gradients.ever_reached) if not on]
-            warn(
-                f"no task of the first step reaches shared_parameters {missed}: unused, frozen, or "
-                "hidden by a checkpoint (which needs use_reentrant=False); their gradient is zero"
-            )
         shared = [p for store in level.shared for p in store.flat.parameters]
+        missed = [
+            k
+            for k, (p, on) in enumerate(zip(shared, gradients.ever_reached, strict=True))
+            if p.requires_grad and not on
+        ]
+        if missed:
+            warn(
+                f"no task of the first step reaches shared_parameters {missed}: unused, or hidden "
+                "by a checkpoint (which needs use_reentrant=False); their gradient is zero"
+            )
+        trained = [p for p in shared if p.requires_grad]
         heads = [p for store in level.heads for p in store.flat.parameters]
         present = [loss for loss in values if loss is not None]
-        survey(present, shared, [*shared, *heads], heads_name="task_parameters")
+        survey(present, trained, [*shared, *heads], heads_name="task_parameters")
+
+    def _check_replaced(self, values: list[Tensor | None]) -> None:
+        """Refuse losses that are computed from other parameters in the place of the shared ones."""
+        level = self._level
+        listed = {id(p) for p in level.parameters}
+        present = [loss for loss in values if loss is not None]
+        strangers = {tuple(p.shape) for p in leaves(present, ()) if id(p) not in listed}
+        shapes = {tuple(p.shape) for store in level.shared for p in store.flat.parameters}
+        if strangers & shapes:
+            raise RuntimeError(
+                "no loss reaches the shared parameters, but others of the same shapes: the model's "
+                "parameters were replaced (load_state_dict(..., assign=True), a new layer). Load "
+                "in place, or build the optimizer after they are"
+            )
 
     def _make_room_for_unbalanced(self) -> None:
         """A row of gradients beyond T, from the first unbalanced loss on."""
@@ -534,6 +559,7 @@ class UpdateBalancer(torch.optim.Optimizer):
             search.solve(level.gram(passes, n_tasks), active, finite=finite)
             weights = self._joint(active, extra)
         level.move(passes, weights, searches=delayed)
+        forget_weight_copies()
         self._count(n_tasks, searches)
         if delayed:
             finite = level.clock.found[0] == 0 if self.capturable else None

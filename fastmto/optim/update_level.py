@@ -10,7 +10,6 @@ passes go over a store's `Run`s: the parts of it whose parameters are not frozen
 from __future__ import annotations
 
 import itertools
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from .. import ops
 from ..engine.device import Constants, upload
 from ..engine.flat import FlatParameters, own_storage, state_dtype
 from ..engine.gradients import TaskGradients
-from ..ops.plan import Plan, PlannedRun
+from ..ops.plan import Entry, Plan
 from .group_rules import GroupRules, check_state_names
 from .groups import check_lr
 from .rules import Clippy, Hyper, Numbers, Rule
@@ -38,7 +37,7 @@ class Clock:
 
     Attributes:
         counts: steps made, (R,) int64.
-        numbers: of the step being made, (R, 11) float64, by the op `clock`.
+        numbers: of the step being made, (R, 11) float64, by the op `step_constants`.
         found: (1,) int32; not 0 where the step being made is not finite.
         tally: (2,) int64, steps made and steps skipped.
         hyper: what numbers are made of, (R, 7) float64.
@@ -73,11 +72,11 @@ class Clock:
 
     def start(self) -> None:
         """numbers <- those of the coming step."""
-        ops.clock(self.hyper, self.counts, self.active, self.numbers, self.found)
+        ops.step_constants(self.hyper, self.counts, self.active, self.numbers, self.found)
 
     def finish(self) -> None:
         """Count the step where it was made."""
-        ops.advance(self.counts, self.active, self.found, self.tally)
+        ops.count_step(self.counts, self.active, self.found, self.tally)
 
 
 class Store:
@@ -127,7 +126,9 @@ class Store:
     def state_views(self) -> list[dict[str, Tensor]]:
         """The moments of every parameter, shaped like it (with a leading T if stacked)."""
         views = {
-            name: self.flat.stacked_views(m) if self.stacked else self.flat.views(m[0])
+            name: self.flat.stacked_views(m)
+            if self.stacked
+            else [own_storage(view) for view in self.flat.views(m[0])]
             for name, m in self._moments.items()
         }
         return [dict(zip(views, each, strict=True)) for each in zip(*views.values(), strict=True)]
@@ -172,7 +173,7 @@ class Run:
     def search(self, rows: int, clippy: Clippy | None) -> None:
         """The Gram matrix of the updates, and Clippy's factors; found if not finite."""
         params = None if clippy is None else self.params
-        ops.search(
+        ops.update_gram(
             *self._update(rows),
             self.gram(rows),
             clippy=_bounds(clippy),
@@ -197,7 +198,7 @@ class Run:
 
     def delayed(self, rows: int, clippy: Clippy | None, weights: Tensor) -> None:
         """`apply` and `search` in one pass."""
-        ops.delayed(
+        ops.apply_and_gram(
             *self._update(rows),
             self.params,
             weights,
@@ -211,7 +212,7 @@ class Run:
         """What all passes over updates take first."""
         return self.kind, self.numbers, self.grads[:rows], self.state
 
-    def _factors(self, rows: int, clippy: Clippy | None) -> dict[str, Tensor]:
+    def _factors(self, rows: int, clippy: Clippy | None) -> dict[str, Any]:
         """Where Clippy's factors stand, if there are any."""
         if clippy is None:
             return {}
@@ -230,18 +231,18 @@ class Passes:
         shared, heads: runs.
         rows: of gradients of the shared runs.
         active: which rows of the clock take part, (R,) int32.
-        room: for the Gram matrix (rows, rows), float64.
         parameters: of all runs.
-        takes_part: the runs as bytes, for the plan.
+        pattern: `active` as booleans, for the plan.
+        planned_rows: `rows`, or 0 where no task reaches the shared parameters; for the plan.
     """
 
     shared: list[Run]
     heads: list[Run]
     rows: int
     active: Tensor
-    room: Tensor
     parameters: list[Parameter]
-    takes_part: array[int]
+    pattern: list[bool]
+    planned_rows: int
 
 
 class UpdateLevel:
@@ -371,22 +372,26 @@ class UpdateLevel:
             self._plan = self._new_plan() if self._planned else None
 
     def _new_plan(self) -> Plan:
+        shared, heads = (
+            [
+                Entry(
+                    # What else a rule says may change, but not its formula.
+                    kind=self.rules(self.groups[store.number]).kind,
+                    row=store.rows.start,
+                    params=run.params,
+                    grads=run.grads,
+                    state=run.state,
+                    segments=run.segments,
+                    sigma=run.sigma,
+                )
+                for store in stores
+                for run in store.runs
+            ]
+            for stores in (self.shared, self.heads)
+        )
         clock = self.clock
-        runs = [
-            PlannedRun(
-                shared=run.store.owner == "shared",
-                numbers=run.numbers,
-                grads=run.grads,
-                state=run.state,
-                params=run.params,
-                segments=run.segments,
-                sigma=run.sigma,
-                gram=run.gram(len(run.grads)),
-            )
-            for run in self.runs
-        ]
-        tensors = clock.hyper, clock.counts, clock.numbers, clock.found, clock.tally
-        return Plan(runs, tensors, _bounds(self.clippy))
+        bounds = _bounds(self.clippy)
+        return Plan(clock.hyper, clock.counts, clock.tally, shared, heads, clippy=bounds)
 
     def check(self) -> None:
         """Refuse to go on with parameters whose storage was replaced; see `FlatParameters`."""
@@ -435,16 +440,10 @@ class UpdateLevel:
         heads = [
             run for store, on in zip(self.heads, has_grad, strict=True) if on for run in store.runs
         ]
-        active = self.clock.pattern([*on_tasks * len(self.shared), *has_grad])
-        room = torch.zeros(rows, rows, dtype=torch.float64, device=self.device)
-        chosen = {id(run) for run in (*shared, *heads)}
-        takes_part = array("b", [id(run) in chosen for run in self.runs])
+        pattern = [*on_tasks * len(self.shared), *has_grad]
+        active = self.clock.pattern(pattern)
         parameters = [p for run in (*shared, *heads) for p in run.parameters]
-        return Passes(shared, heads, rows, active, room, parameters, takes_part)
-
-    @property
-    def runs(self) -> list[Run]:
-        return [run for store in self.stores for run in store.runs]
+        return Passes(shared, heads, rows, active, parameters, pattern, rows if reached else 0)
 
     def set_clock(self, active: Tensor | None, lr_factor: float = 1.0) -> None:
         """Tell the clock the param groups' hyperparameters, and which of its rows take part; None:
@@ -471,9 +470,6 @@ class UpdateLevel:
             hyper += [rule.hyper(known, float(weight_decay))] * store.clock_rows
             for run in store.runs:
                 run.kind = rule.kind
-        if self._plan is not None:
-            for number, run in enumerate(self.runs):
-                self._plan.set_kind(number, run.kind)
         self.clock.set(hyper)
         for rows, rate in rates:
             self.clock.set_lr(rows, rate)
@@ -501,8 +497,7 @@ class UpdateLevel:
             False if something is not finite, and the host reads it.
         """
         if self._plan is not None:
-            gram = passes.room if searches else None
-            found = self._plan.look(passes.takes_part, passes.active, passes.rows, gram=gram)
+            found = self._plan.look(passes.planned_rows, passes.pattern, searches=searches)
             return not found and (overflow is None or not overflow.item())
         self.clock.start()
         if overflow is not None:
@@ -517,7 +512,7 @@ class UpdateLevel:
     def gram(self, passes: Passes, n_tasks: int) -> Tensor:
         """Gram matrix (T, T) of the tasks' updates, float64 on the device, new memory."""
         if self._plan is not None:
-            return passes.room[:n_tasks, :n_tasks].clone()
+            return self._plan.gram(passes.rows)[:n_tasks, :n_tasks].clone()
         grams = [run.gram(passes.rows) for run in passes.shared]
         return sum(grams[1:], grams[0])[:n_tasks, :n_tasks].clone()
 
@@ -530,9 +525,8 @@ class UpdateLevel:
             searches: make the Gram matrix of the updates on the way.
         """
         if self._plan is not None:
-            gram = passes.room if searches else None
-            call = passes.takes_part, passes.active, passes.rows
-            self._plan.move(*call, weights, gram=gram)
+            of_rows = weights.tolist() if passes.planned_rows else []
+            self._plan.move(of_rows, searches=searches)
         else:
             for run in passes.shared:
                 (run.delayed if searches else run.apply)(passes.rows, self.clippy, weights)

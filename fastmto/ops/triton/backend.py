@@ -1,7 +1,7 @@
 """The ops on GPUs: checks, then Triton kernels. Semantics: ops/__init__.py.
 
-Every pass is one launch, but for two: with Clippy a search is three, as sigma is filled, then
-lowered, then used; and delayed is search, then apply, from T = 65 on (17 in float64, 33 where every
+Every pass is one launch, but for two: with Clippy a Gram is three, as sigma is filled, then
+lowered, then used; and apply_and_gram is two ops from T = 65 on (17 in float64, 33 where every
 task keeps its own moments).
 
 The checks look at shapes, dtypes, strides and devices only: nothing here reads the device's memory,
@@ -32,9 +32,9 @@ from . import bargaining as triton_bargaining
 from . import clippy as triton_clippy
 from . import combine as triton_combine
 from . import control as triton_control
+from . import gram as triton_gram
 from . import mgda as triton_mgda
 from . import perturb as triton_perturb
-from . import search as triton_search
 from .rules import N_STATES, NO_RULE
 
 GRAD_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -128,7 +128,7 @@ def _check_gram(grads: Tensor, gram: Tensor) -> None:
     _check("gram", gram, (grads.shape[0], grads.shape[0]), torch.float64, grads)
 
 
-def search(
+def update_gram(
     kind: int,
     numbers: Tensor,
     grads: Tensor,
@@ -144,7 +144,7 @@ def search(
     _check_update(kind, numbers, grads, state)
     _check_gram(grads, gram)
     if clippy is None:
-        triton_search.search(kind, numbers, grads, state, gram)
+        triton_gram.update_gram(kind, numbers, grads, state, gram)
         return
     _check_clippy(clippy)
     _check_sigma(grads, segments, sigma)
@@ -154,7 +154,7 @@ def search(
     assert segments is not None
     assert sigma is not None
     triton_clippy.factors(kind, numbers, grads, state, params, segments, sigma, clippy)
-    triton_search.search(kind, numbers, grads, state, gram, segments=segments, sigma=sigma)
+    triton_gram.update_gram(kind, numbers, grads, state, gram, segments=segments, sigma=sigma)
 
 
 def apply(
@@ -187,7 +187,7 @@ def apply(
     )
 
 
-def delayed(
+def apply_and_gram(
     kind: int,
     numbers: Tensor,
     grads: Tensor,
@@ -201,7 +201,7 @@ def delayed(
     sigma: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> None:
-    """Search and apply with the weights of an earlier search."""
+    """update_gram, and apply with the weights of an earlier one."""
     _check_update(kind, numbers, grads, state)
     _check_apply(grads, params, weights, skip)
     _check_gram(grads, gram)
@@ -213,7 +213,7 @@ def delayed(
         triton_clippy.factors(kind, numbers, grads, state, params, segments, sigma, clippy)
     elif sigma is not None:
         raise ValueError("clippy must be given with sigma, got None")
-    triton_search.delayed(
+    triton_gram.apply_and_gram(
         kind,
         numbers,
         grads,
@@ -231,7 +231,7 @@ def gram(grads: Tensor, gram: Tensor) -> None:
     """gram <- <g_i, g_j>."""
     _check_grads(grads)
     _check_gram(grads, gram)
-    triton_search.gram(grads, gram)
+    triton_gram.gram(grads, gram)
 
 
 def combine(grads: Tensor, weights: Tensor, out: Tensor) -> None:
@@ -257,7 +257,9 @@ def perturb(
     triton_perturb.perturb(params, out, scale, direction, seed, offset, distribution)
 
 
-def clock(hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found: Tensor) -> None:
+def step_constants(
+    hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found: Tensor
+) -> None:
     """numbers <- those of the next step."""
     rows = counts.shape[0]
     _check("counts", counts, (rows,), torch.int64, counts)
@@ -265,17 +267,17 @@ def clock(hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found:
     _check("active", active, (rows,), torch.int32, counts)
     _check("numbers", numbers, (rows, len(Numbers._fields)), torch.float64, counts)
     _check("found", found, (1,), torch.int32, counts)
-    triton_control.clock(hyper, counts, active, numbers, found)
+    triton_control.step_constants(hyper, counts, active, numbers, found)
 
 
-def advance(counts: Tensor, active: Tensor, found: Tensor, tally: Tensor) -> None:
+def count_step(counts: Tensor, active: Tensor, found: Tensor, tally: Tensor) -> None:
     """counts and tally go on by one step."""
     rows = counts.shape[0]
     _check("counts", counts, (rows,), torch.int64, counts)
     _check("active", active, (rows,), torch.int32, counts)
     _check("found", found, (1,), torch.int32, counts)
     _check("tally", tally, (2,), torch.int64, counts)
-    triton_control.advance(counts, active, found, tally)
+    triton_control.count_step(counts, active, found, tally)
 
 
 def check(grads: Tensor, found: Tensor) -> None:

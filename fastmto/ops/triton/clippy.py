@@ -10,7 +10,7 @@ coordinate's tensor and lowers one by one. Where lr |u| is not above the allowan
 written. An update that is NaN does not count here: the Gram shows it.
 
 Floor: (T + N + 1) P elements read for N state tensors, (T + N T + 1) P where every task keeps its
-own. A search with Clippy is therefore three launches, the filling, this and the search itself,
+own. A Gram with Clippy is therefore three launches, the filling, this and the Gram itself,
 which reads (T + N) P more (and looks sigma up, one cached load a coordinate and task): with Adam
 in float32 4 (2 T+5) P bytes in all.
 

@@ -1,10 +1,11 @@
-"""Clock, advance and check: what steers a step on the device, so that the host need not read it.
+"""What steers a step on the device, so that the host need not read it: the step's constants, the
+count of steps and the check.
 
-    clock    t_r = counts_r + 1;  c1 = 1 / (1 - b1^t),  c2 = 1 / sqrt(1 - b2^t)   (rules.py)
-    advance  counts_r += 1, if the step was made
+    step_constants  t_r = counts_r + 1;  c1 = 1 / (1 - b1^t),  c2 = 1 / sqrt(1 - b2^t)   (rules.py)
+    count_step      counts_r += 1, if the step was made
     check    found <- 1 if any |g_ip| is not below the limit
 
-Clock and advance are one program each. Check reads T P elements and writes none where all is well:
+The first two are one program each. Check reads T P elements and writes none where all is well:
 16-byte loads when P and the row stride are multiples of 16 and the buffer is 16-byte aligned.
 
 1 - b^t is formed from 1 - b by doubling t, 1 - b^2n = (1 - b^n) (2 - (1 - b^n)): every term is
@@ -28,7 +29,7 @@ from .launch import Tiling, launch, programs_for, working_type
 
 N_HYPER = tl.constexpr(len(Hyper._fields))
 N_NUMBERS = tl.constexpr(len(Numbers._fields))
-#: Rows that clock and advance take at a time.
+#: Rows that they take at a time.
 LANES = Tiling(32, warps=1, fuse=False)
 
 
@@ -49,7 +50,7 @@ def complement(b, t):
 
 
 @triton.jit(do_not_specialize=["R"])
-def clock_kernel(
+def step_constants_kernel(
     hyper,  # (R, N_HYPER) float64
     counts,  # (R,) int64
     active,  # (R,) int32
@@ -91,7 +92,7 @@ def clock_kernel(
 
 
 @triton.jit(do_not_specialize=["R"])
-def advance_kernel(
+def count_step_kernel(
     counts,  # (R,) int64
     active,  # (R,) int32
     found,  # (1,) int32
@@ -128,11 +129,13 @@ def check_kernel(
         tl.store(found, 1)
 
 
-def clock(hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found: Tensor) -> None:
-    """The contract's `clock` (ops/__init__.py). Arguments are taken as checked; `numbers` and
-    `found` are written."""
+def step_constants(
+    hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found: Tensor
+) -> None:
+    """The contract's `step_constants` (ops/__init__.py). Arguments are taken as checked; `numbers`
+    and `found` are written."""
     launch(
-        clock_kernel,
+        step_constants_kernel,
         (1,),
         hyper.device,
         LANES,
@@ -146,11 +149,11 @@ def clock(hyper: Tensor, counts: Tensor, active: Tensor, numbers: Tensor, found:
     )
 
 
-def advance(counts: Tensor, active: Tensor, found: Tensor, tally: Tensor) -> None:
-    """The contract's `advance` (ops/__init__.py). Arguments are taken as checked; `counts` and
+def count_step(counts: Tensor, active: Tensor, found: Tensor, tally: Tensor) -> None:
+    """The contract's `count_step` (ops/__init__.py). Arguments are taken as checked; `counts` and
     `tally` are written."""
     launch(
-        advance_kernel,
+        count_step_kernel,
         (1,),
         counts.device,
         LANES,
