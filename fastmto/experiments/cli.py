@@ -291,7 +291,7 @@ def _toy(parser: Parser, options: argparse.Namespace) -> int:
             interrupted = True
 
     # Written once: all ways again after each of the runs would take as long as many of them.
-    _write_json(options.json, report, "methods", rows)
+    _write_json(options.json if rows else None, report, "methods", rows)
     finished = sum(len(row.runs) for row in rows)
     if finished:
         title = (
