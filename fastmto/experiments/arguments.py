@@ -45,7 +45,7 @@ DEFAULTS = {
         lr=1e-3,
         weight_decay=0.0,
         # Steps of a few milliseconds gain little from a second thread and wait long for it on a
-        # busy machine: with both cores taken, 14.7 ms a step on two threads, 2.4 ms on one.
+        # busy machine: with both cores taken, 14.7 ms per step on two threads, 2.4 ms on one.
         threads=1,
         sizes={
             "shared_bottom": {"embedding": 256, "bottom": (256,), "tower_widths": (64,)},
@@ -137,7 +137,7 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
         type=_positive_int,
         metavar="N",
         help="steps between two searches of task weights (default: 1 for methods that look at the "
-        "losses alone, 10 for those that need a backward pass a task)",
+        "losses alone, 10 for those that need a backward pass per task)",
     )
     add("--epochs", type=_positive_int, metavar="N", help="default: 10 for digits, 3 for census")
     add(
@@ -211,7 +211,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         type=_positive_int,
         default=3,
         metavar="N",
-        help="runs a balancer, with seeds 0 to N-1 (default: 3)",
+        help="runs per balancer, with seeds 0 to N-1 (default: 3)",
     )
     _add_experiment(compare)
     _add_outputs(compare, "fastmto-compare.png")
@@ -239,7 +239,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--processes",
         type=_positive_int,
         metavar="N",
-        help="runs at a time (default: one a processor)",
+        help="runs at a time (default: one per processor)",
     )
     _add_outputs(toy, "fastmto-toy.png")
     return parser, {"train": train, "compare": compare, "toy": toy}

@@ -110,9 +110,11 @@ def _bar(total: int, unit: str) -> Any:
     return tqdm(total=total, unit=unit, mininterval=interval)
 
 
-def _write_json(path: Path | None, report: dict[str, Any]) -> None:
+def _write_json(path: Path | None, report: dict[str, Any], key: str, rows: Sequence[Any]) -> None:
+    """Write the report with all that the rows hold under the key, if there is a file for it."""
     if path is not None:
-        path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        whole = {**report, key: [row.as_json() for row in rows]}
+        path.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
 
 
 def _say_files(options: argparse.Namespace) -> None:
@@ -170,9 +172,8 @@ def _train(parser: Parser, options: argparse.Namespace) -> int:
                 "seed": options.seed,
             },
             "versions": environment(),
-            "runs": [result.as_json() for result in results],
         }
-        _write_json(options.json, report)
+        _write_json(options.json, report, "runs", results)
         _say_files(options)
     return _end(parser, interrupted, len(results), len(options.balancer), failures)
 
@@ -218,7 +219,7 @@ def _compare(parser: Parser, options: argparse.Namespace) -> int:
 
         def keep(so_far: list[Compared]) -> None:
             rows[:] = so_far
-            _write_json(options.json, {**report, "balancers": [row.as_json() for row in so_far]})
+            _write_json(options.json, report, "balancers", so_far)
 
         with _bar(len(options.balancers) * options.seeds * n_steps, "step") as bar:
 
@@ -274,7 +275,6 @@ def _toy(parser: Parser, options: argparse.Namespace) -> int:
 
     def keep(so_far: list[Row]) -> None:
         rows[:] = so_far
-        _write_json(options.json, {**report, "methods": [row.as_json() for row in so_far]})
 
     with _bar(n_runs * options.steps, "step") as bar:
         try:
@@ -290,6 +290,8 @@ def _toy(parser: Parser, options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             interrupted = True
 
+    # Written once: all ways again after each of the runs would take as long as many of them.
+    _write_json(options.json if rows else None, report, "methods", rows)
     finished = sum(len(row.runs) for row in rows)
     if finished:
         title = (

@@ -52,7 +52,7 @@ class Compared:
     failure: str | None = None
 
     def scores(self, task: str | None = None) -> list[float]:
-        """Test metric of a task after the last epoch, one a seed; None: the mean over tasks."""
+        """Test metric of a task after the last epoch, one per seed; None: the mean over tasks."""
         tests = [result.epochs[-1].test for result in self.results]
         if task is None:
             return [sum(test.values()) / len(test) for test in tests]

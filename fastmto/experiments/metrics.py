@@ -9,7 +9,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 Vector = Tensor | npt.NDArray[np.generic] | Sequence[float]
-#: One sequence of criteria a task.
+#: One sequence of criteria per task.
 Criteria = Sequence[Sequence[float]]
 
 

@@ -13,9 +13,9 @@ from .compare import Compared
 from .records import Floats, TrainResult
 from .toy import FRONT, STARTS, Row, losses
 
-#: A colour a balancer, from the Okabe-Ito palette (told apart by colour-blind readers too).
+#: A colour per balancer, from the Okabe-Ito palette (told apart by colour-blind readers too).
 _COLORS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-#: A line style a task, in the panel of weights, where all tasks meet.
+#: A line style per task, in the panel of weights, where all tasks meet.
 _STYLES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 
 
@@ -30,7 +30,7 @@ def _smooth(values: Floats, width: int) -> tuple[Floats, Floats]:
 def save_plot(results: Sequence[TrainResult], title: str, path: str | Path) -> None:
     """Draws the runs of one comparison and writes the picture.
 
-    A column a task: its training loss, averaged over short runs of steps, and below it its test
+    A column per task: its training loss, averaged over short runs of steps, and below it its test
     metric after every epoch. At the bottom the task weights as the optimizers used them.
 
     Args:
@@ -111,8 +111,8 @@ def save_plot(results: Sequence[TrainResult], title: str, path: str | Path) -> N
 def save_comparison(compared: Sequence[Compared], title: str, path: str | Path) -> None:
     """Draws one comparison over seeds and writes the picture.
 
-    A panel a task with every seed's test metric, their mean and standard deviation; then step
-    time over equal weighting and peak memory. A line a balancer.
+    A panel per task with every seed's test metric, their mean and standard deviation; then step
+    time over equal weighting and peak memory. A line per balancer.
 
     Args:
         compared: at least one of them with runs.
@@ -166,7 +166,7 @@ def save_comparison(compared: Sequence[Compared], title: str, path: str | Path) 
 def save_toy(rows: Sequence[Row], s: float, title: str, path: str | Path) -> None:
     """Draws the ways of all methods on the toy problem in the plane of the two losses.
 
-    A panel a method: the Pareto front in grey, every start as a dot, its way in the start's
+    A panel per method: the Pareto front in grey, every start as a dot, its way in the start's
     colour, and where it ended as a ring.
 
     Args:

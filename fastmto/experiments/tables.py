@@ -22,7 +22,7 @@ _MEMORY = {
    torch in it: the difference to equal weighting is the method's""",
     "cuda": "the most that torch's allocator gave out in the first steps, model and data included",
 }
-_TOY_FOOTNOTE = "\n*  processor time a step, forward and Adam included"
+_TOY_FOOTNOTE = "\n*  processor time per step, forward and Adam included"
 _REFERENCE_FOOTNOTE = """
 ** largest difference in f1 and f2 to FAMO's released code at these settings, where it has the
    method; from C, LS and CAGrad are left out"""

@@ -108,7 +108,7 @@ def one_step(
         model, tasks: what is trained.
         optimizer: over the model.
         fetch: gives the batch.
-        synchronize: waits for the device.
+        synchronize: as `waiting` gives it.
 
     Returns:
         The batch, its losses (T,), detached, and the seconds of forward, backward and update.
@@ -172,7 +172,7 @@ def train(
         data: the parts.
         make_balancer: builds the optimizer over the model, e.g. `balancer("pub", lr=1e-3)`.
         epochs: passes over the training part.
-        batch_size: rows a step; the last batch of an epoch may be smaller.
+        batch_size: rows per step; the last batch of an epoch may be smaller.
         seed: of the batches' order.
         name: of the balancer, for tables and plots.
         on_step: called after every step with its losses (T,), detached.

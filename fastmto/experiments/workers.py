@@ -53,7 +53,7 @@ def tick(steps: int = 1) -> None:
         return
     parent = parent_process()
     if parent is not None and not parent.is_alive():
-        os._exit(1)  # the command was killed: nobody waits for this process any more
+        os._exit(1)  # the command was killed: nobody needs this process any more
     if _Worker.stop.is_set():
         raise Interrupted
     with _Worker.steps.get_lock():

@@ -24,7 +24,7 @@ def tower(widths: Sequence[int], n_outputs: int) -> nn.Sequential:
 
 
 class TabularEncoder(nn.Module):
-    """Dense columns and categorical fields -> one vector a row.
+    """Dense columns and categorical fields -> one vector per row.
 
     One embedding table holds all fields; ids are already offset by field. The id after the last
     row stands for values that training never saw and reads a zero vector, not an untrained random
@@ -76,7 +76,7 @@ class TabularEncoder(nn.Module):
 
 
 class MultiTaskModel(nn.Module):
-    """A model of T tasks: a trunk that all share, then a head a task.
+    """A model of T tasks: a trunk that all share, then one head per task.
 
     A subclass implements `represent` and `heads`, which share no tensor but the representation,
     `task_modules` and `last_shared_parameters`; whatever is in no task's modules is shared.
@@ -111,7 +111,7 @@ class MultiTaskModel(nn.Module):
         raise NotImplementedError
 
     def task_parameters(self) -> list[list[nn.Parameter]]:
-        """One list a task, in the tasks' order."""
+        """One list per task, in the tasks' order."""
         return [
             [parameter for module in modules for parameter in module.parameters()]
             for modules in self.task_modules()

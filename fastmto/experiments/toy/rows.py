@@ -53,7 +53,7 @@ class Row:
 
     @property
     def microseconds(self) -> float:
-        """Processor time a step, mean over the finished runs."""
+        """Processor time per step, mean over the finished runs."""
         runs = self.runs.values()
         return 1e6 * sum(run.seconds for run in runs) / sum(run.steps for run in runs)
 
