@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..engine.balancer import Batch
+from ..engine.batch import Batch
 from ..engine.gradient_level import GradientLevel
 from ..errors import NonFiniteError
 from .gradient_balancer import GradientBalancer, GradientOptions

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..engine.balancer import Batch
+from ..engine.batch import Batch
 from ..engine.gradient_level import GradientLevel
 from ..errors import NonFiniteError
 from .gradient_balancer import GradientBalancer, GradientOptions

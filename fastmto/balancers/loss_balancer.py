@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..engine.balancer import Balancer, Batch, Info
+from ..engine.balancer import Balancer
+from ..engine.batch import Batch, Info
 from ..engine.per_task import like, put
 
 

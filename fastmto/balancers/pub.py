@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..engine.balancer import Balancer, Batch, Info
+from ..engine.balancer import Balancer
+from ..engine.batch import Batch, Info
 from ..engine.survey import heads_of
 from ..optim import pub
 
@@ -99,9 +100,12 @@ class PUB(Balancer):
             )
         optimizer = self.optimizer
         before = dict(optimizer.stats)
-        optimizer.backward(batch.values)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.backward(
+            batch.values, unbalanced=batch.unbalanced, retain_graph=batch.retain_graph
+        )
+        if not batch.accumulate:
+            optimizer.step()
+            optimizer.zero_grad()
         for name in ("searches", "backwards", "held", "skipped", "untouched"):
             self._counted[name] += optimizer.stats[name] - before[name]
         assert optimizer.weights is not None

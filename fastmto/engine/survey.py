@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from ..checks import check_initialized
 from ..errors import warn
-from .balancer import Batch, as_tensors
+from .batch import Batch, as_tensors
 from .graph import graph_nodes, leaves, reaches
 
 #: A task-specific parameter with its task, None where that is to be found.

@@ -1,6 +1,9 @@
 """The update-level optimizer: losses -> gradients -> Gram matrix -> weights -> parameters.
 
-`UpdateBalancer` is the chain; `PUB` and `AdaTask` are configurations of it.
+`UpdateBalancer` is the chain; `PUB` and `AdaTask` are configurations of it. Its step is `_step`.
+More than 400 lines for one class: half of them are the arguments, properties and docstrings of
+torch's optimizer protocol; memory, gradients, search, clipping and checkpoints have files of their
+own.
 """
 
 from __future__ import annotations
