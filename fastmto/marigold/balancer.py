@@ -334,8 +334,13 @@ class MARIGOLD(Balancer):
         """
         if self._recorded is None:
             raise RuntimeError("replaying() needs recording() around the losses of this step")
-        with Replay(self._recorded)(), torch.no_grad():
-            yield
+        replay = Replay(self._recorded)
+        try:
+            replay.begin()
+            with torch.no_grad():
+                yield
+        finally:
+            replay.end()
 
     def _backward(self, batch: Batch, searches: bool) -> tuple[Tensor, Info]:
         self._check(batch)

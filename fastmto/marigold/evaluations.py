@@ -122,8 +122,7 @@ class Evaluations:
         self.count = 0
 
     def _at(self, row: int) -> Tensor:
-        with self._replay():
-            losses = self._read(self._copies.evaluate(row, self._closure))
+        losses = self._replay.run(lambda: self._read(self._copies.evaluate(row, self._closure)))
         self.count += 1
         return losses
 
@@ -153,9 +152,10 @@ class Evaluations:
         """
         assert isinstance(self._closure, FunctionalClosure)
         along = points.write_all(self._copies)
-        with self._replay(), torch.no_grad():
-            values = self._closure.batched(
-                self._copies.parameters, self._copies.stacked(), self._read
+        copies, batched = self._copies, self._closure.batched
+        with torch.no_grad():
+            values = self._replay.run(
+                lambda: batched(copies.parameters, copies.stacked(), self._read)
             )
         self.count += len(points)
         return Evaluated(values.to("cpu", torch.float64), along)

@@ -10,6 +10,7 @@ closure, captured CUDA graphs) does not move.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -25,6 +26,7 @@ from .estimators import SMALLEST_STEP
 Result = TypeVar("Result")
 #: A vector of the shape of the parameters, in pieces; None stands for zero.
 Vector = Sequence[Tensor | None]
+_set_data: Callable[[Tensor, Tensor], None] = vars(torch._C.TensorBase)["data"].__set__
 #: Elements that `along` works on at once: two rows of them stay in a core's cache.
 _CHUNK = {"cpu": 1 << 16}
 _CHUNK_ELSE = 1 << 22
@@ -207,29 +209,38 @@ class Copies:
             ValueError: the closure moved a parameter.
             Exception: whatever the closure raises; the parameters are back in their place.
         """
-        own = [p.data for p in self.parameters]
-        views = self._views[row]
-        versions = [p._version for p in self.parameters]
+        parameters, views = self.parameters, self._views[row]
+        own = [p.data for p in parameters]
+        versions = [p._version for p in parameters]
         try:
-            for p, view in zip(self.parameters, views, strict=True):
-                p.data = view
-            forget_weight_copies()
-            with torch.no_grad():
-                result = closure()
-            moved = [
-                k
-                for k, (p, view) in enumerate(zip(self.parameters, views, strict=True))
-                if p._version != versions[k] or p.data_ptr() != view.data_ptr()
-            ]
+            try:
+                _point(parameters, views)
+                forget_weight_copies()
+                with torch.no_grad():
+                    result = closure()
+                moved = [
+                    k
+                    for k, (p, view) in enumerate(zip(parameters, views, strict=True))
+                    if p._version != versions[k] or p.data_ptr() != view.data_ptr()
+                ]
+            finally:
+                _point(parameters, own)
+        except BaseException:
+            _point(parameters, own)  # an interrupt may have come before the line above
+            raise
         finally:
-            for p, data in zip(self.parameters, own, strict=True):
-                p.data = data
             forget_weight_copies()
         if moved:
             raise ValueError(
                 f"closure must only compute losses, but it moved shared_parameters {moved}"
             )
         return result
+
+
+def _point(parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Have parameters use the memory of tensors; no interrupt (Ctrl-C) comes between two of them,
+    because none of this is Python."""
+    deque(map(_set_data, parameters, tensors), maxlen=0)
 
 
 @torch.no_grad()
