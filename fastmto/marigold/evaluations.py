@@ -43,8 +43,7 @@ class Along:
         Returns:
             <row - theta, direction>: how far it really lies along the direction.
         """
-        copies.displace(row, self._direction(k), self.scales[k])
-        return copies.along(row, self._direction(k))
+        return copies.displace(row, self._direction(k), self.scales[k])
 
     def write_all(self, copies: Copies) -> list[float]:
         """Make row k the point k, for all k."""
@@ -128,7 +127,7 @@ class Evaluations:
 
     def undisplaced(self) -> Tensor:
         """(n,) float64 on the CPU, the losses at the parameters themselves; takes row 0."""
-        self._copies.displace(0, [None] * len(self._copies.parameters), 0.0)
+        self._copies.take(0)
         return self._at(0).to("cpu", torch.float64)
 
     def once(self, points: Along | Random) -> Tensor:
