@@ -16,6 +16,7 @@ from ..engine.balancer import Balancer
 from ..engine.batch import Batch, Info
 from ..engine.compiler import uncompiled
 from ..engine.losses import Losses, as_list
+from ..engine.per_task import put, take
 from ..engine.survey import trainable
 from ..errors import NonFiniteError, SolverError, warn
 from ..weightings import Weighting
@@ -297,7 +298,7 @@ class MARIGOLD(Balancer):
         else:
             kind = Mirror if options.lambda_update == "mirror" else Projected
             self._rule = kind(n_tasks, options.beta, options.lambda_step, options.ema)
-        self._scale = torch.ones(n_tasks, dtype=torch.float64)  # F_i = f_i / scale_i
+        self._scale: Tensor | None = None  # F_i = f_i / scale_i
         if options.preference is not None and options.criterion != "bargaining":
             self._scale = torch.tensor(options.preference, dtype=torch.float64)
             self._scale /= self._scale.mean()
@@ -335,8 +336,13 @@ class MARIGOLD(Balancer):
         """
         if self._recorded is None:
             raise RuntimeError("replaying() needs recording() around the losses of this step")
-        with Replay(self._recorded)(), torch.no_grad():
-            yield
+        replay = Replay(self._recorded)
+        try:
+            replay.begin()
+            with torch.no_grad():
+                yield
+        finally:
+            replay.end()
 
     def _backward(self, batch: Batch, searches: bool) -> tuple[Tensor, Info]:
         self._check(batch)
@@ -360,8 +366,7 @@ class MARIGOLD(Balancer):
             self._recorded = None
             loss, told = self._refuse(batch, "the gradient is not finite", scaled=True)
             return loss, MarigoldInfo(self.weights, self.names, skipped=told.skipped)
-        self.weights = self.weights.clone()
-        self.weights[batch.tasks] = own
+        self.weights = put(self.weights, batch.tasks, own.clone())
         info = MarigoldInfo(self.weights, self.names)
         info.estimator = self.estimator
         if searches:
@@ -394,8 +399,14 @@ class MARIGOLD(Balancer):
                 "every micro-batch, .grad adds up"
             )
         if batch.shared is not None:
-            batch.shared = trainable("shared_parameters", batch.shared)
-            check_displaceable(batch.shared)
+            copies = self._probe.copies
+            fit = copies is not None and copies.fit(batch.shared)
+            if not fit:
+                batch.shared = trainable("shared_parameters", batch.shared)
+                check_displaceable(batch.shared)
+                fit = copies is not None and copies.fit(batch.shared)
+            if copies is not None and fit:
+                batch.shared = copies.parameters
         if batch.closure is None and self.estimator != "reuse":
             raise ValueError(
                 "closure must be given to MARIGOLD.backward with "
@@ -411,9 +422,11 @@ class MARIGOLD(Balancer):
 
     def _loss_weights(self, tasks: list[int], values: Tensor) -> Tensor:
         """What the n present losses are multiplied by: lambda_i dF_i/df_i."""
-        weights = self._lambda[tasks] / self._scale[tasks]
+        weights = take(self._lambda, tasks)
+        if self._scale is not None:
+            weights = weights / take(self._scale, tasks)
         if self.options.log_losses:
-            above = values - self._minima[tasks]
+            above = values - take(self._minima, tasks)
             low = (~(above > 0)).nonzero()
             if len(low):
                 k = int(low[0])
@@ -427,8 +440,8 @@ class MARIGOLD(Balancer):
     def _transformed(self, tasks: list[int], values: Tensor) -> Tensor:
         """F (..., n) from losses f (..., n), float64; NaN where there is no logarithm."""
         if self.options.log_losses:
-            values = (values - self._minima[tasks]).log()
-        return values / self._scale[tasks]
+            values = (values - take(self._minima, tasks)).log()
+        return values if self._scale is None else values / take(self._scale, tasks)
 
     def _joint_gradient(self, batch: Batch, weights: Tensor, searches: bool) -> Joint | None:
         """The backward of the step; its gradient where an estimate needs it."""
@@ -462,7 +475,7 @@ class MARIGOLD(Balancer):
             if not self.options.famo and self.options.step_size is None:
                 assert batch.shared is not None
                 copies = self._probe.copies_for(batch.shared, 1)
-                copies.displace(0, [None] * len(copies.parameters), 0.0)
+                copies.take(0)
             start = self._transformed(batch.tasks, values)
             self._reuse = _Reuse(batch.tasks, start, length, copies)
         elif length == 0 and not self.options.by_gram:
@@ -505,7 +518,7 @@ class MARIGOLD(Balancer):
             self._counted["evaluations"] += probe.count
         info.evaluation, info.evaluations = options.evaluation, probe.count
         info.step = probe.step
-        if not bool(found.isfinite().all()):
+        if not math.isfinite(float(found.abs().max())):
             self._drop("a displaced loss is not finite", info)
         elif options.by_gram:
             self._solve(found, batch.tasks, info)
@@ -618,7 +631,10 @@ class MARIGOLD(Balancer):
             raise ValueError(
                 f"{what} must hold the tasks given to backward, but {', '.join(missing)} is None"
             )
-        return torch.stack([value.detach().reshape(()) for value in found if value is not None])
+        with torch.no_grad():
+            return torch.stack(
+                [x if x.dim() == 0 else x.reshape(()) for x in found if x is not None]
+            )
 
     def _state(self) -> dict[str, Any]:
         weighting = self._weighting.state_dict() if isinstance(self._weighting, Weighting) else {}

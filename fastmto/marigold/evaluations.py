@@ -43,8 +43,7 @@ class Along:
         Returns:
             <row - theta, direction>: how far it really lies along the direction.
         """
-        copies.displace(row, self._direction(k), self.scales[k])
-        return copies.along(row, self._direction(k))
+        return copies.displace(row, self._direction(k), self.scales[k])
 
     def write_all(self, copies: Copies) -> list[float]:
         """Make row k the point k, for all k."""
@@ -122,14 +121,13 @@ class Evaluations:
         self.count = 0
 
     def _at(self, row: int) -> Tensor:
-        with self._replay():
-            losses = self._read(self._copies.evaluate(row, self._closure))
+        losses = self._replay.run(lambda: self._read(self._copies.evaluate(row, self._closure)))
         self.count += 1
         return losses
 
     def undisplaced(self) -> Tensor:
         """(n,) float64 on the CPU, the losses at the parameters themselves; takes row 0."""
-        self._copies.displace(0, [None] * len(self._copies.parameters), 0.0)
+        self._copies.take(0)
         return self._at(0).to("cpu", torch.float64)
 
     def once(self, points: Along | Random) -> Tensor:
@@ -153,9 +151,10 @@ class Evaluations:
         """
         assert isinstance(self._closure, FunctionalClosure)
         along = points.write_all(self._copies)
-        with self._replay(), torch.no_grad():
-            values = self._closure.batched(
-                self._copies.parameters, self._copies.stacked(), self._read
+        copies, batched = self._copies, self._closure.batched
+        with torch.no_grad():
+            values = self._replay.run(
+                lambda: batched(copies.parameters, copies.stacked(), self._read)
             )
         self.count += len(points)
         return Evaluated(values.to("cpu", torch.float64), along)

@@ -46,7 +46,9 @@ def backward(
     torch.autograd.backward(
         losses,
         [
-            weight.to(loss.dtype).expand_as(loss)
+            weight
+            if weight.dtype == loss.dtype and not loss.dim()
+            else weight.to(loss.dtype).expand_as(loss)
             for weight, loss in zip(weights.unbind(), losses, strict=True)
         ],
         retain_graph=retain,

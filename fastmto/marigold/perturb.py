@@ -10,6 +10,7 @@ closure, captured CUDA graphs) does not move.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -25,6 +26,7 @@ from .estimators import SMALLEST_STEP
 Result = TypeVar("Result")
 #: A vector of the shape of the parameters, in pieces; None stands for zero.
 Vector = Sequence[Tensor | None]
+_set_data: Callable[[Tensor, Tensor], None] = vars(torch._C.TensorBase)["data"].__set__
 #: Elements that `along` works on at once: two rows of them stay in a core's cache.
 _CHUNK = {"cpu": 1 << 16}
 _CHUNK_ELSE = 1 << 22
@@ -47,7 +49,7 @@ class Copies:
 
     def __init__(self, parameters: Sequence[Tensor], n_rows: int) -> None:
         check_displaceable(parameters)
-        self.parameters = list(parameters)
+        self.parameters = parameters if isinstance(parameters, list) else list(parameters)
         self._forms = [(p.shape, p.stride(), p.dtype, p.device) for p in parameters]
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for k, p in enumerate(parameters):
@@ -62,6 +64,14 @@ class Copies:
         self._views = [
             self._in_order([x.views(b[r]) for x, b in self._pairs()]) for r in range(n_rows)
         ]
+        self._scratch: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
+        (layout, *others) = self.layouts
+        if not others and layout.device.type == "cpu" and len(layout) <= _CHUNK["cpu"]:
+            theta, direction, difference = layout.rows(3).unbind()
+            views = layout.views(theta), layout.views(direction)
+            self._scratch = [theta, direction, difference], *views
+        #: The dtype of the least precise parameters.
+        self.coarsest = max((x.dtype for x in self.layouts), key=lambda d: torch.finfo(d).eps)
         #: P, padding not counted.
         self.numel = sum(layout.numel for layout in self.layouts)
 
@@ -75,16 +85,11 @@ class Copies:
             pieces.update(zip(members, group, strict=True))
         return [pieces[k] for k in range(len(self.parameters))]
 
-    def fits(self, parameters: Sequence[Tensor], n_rows: int) -> bool:
-        """Whether these are copies of exactly these parameters as they lie now."""
-        return (
-            n_rows == self.n_rows
-            and len(parameters) == len(self.parameters)
-            and all(p is q for p, q in zip(parameters, self.parameters, strict=True))
-            and all(
-                (p.shape, p.stride(), p.dtype, p.device) == form
-                for p, form in zip(parameters, self._forms, strict=True)
-            )
+    def fit(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are copies of exactly these parameters as they are now."""
+        return len(parameters) == len(self.parameters) and all(
+            p is q and p.requires_grad and (p.shape, p.stride(), p.dtype, p.device) == form
+            for p, q, form in zip(parameters, self.parameters, self._forms, strict=True)
         )
 
     def stacked(self) -> list[Tensor]:
@@ -93,27 +98,44 @@ class Copies:
 
     def norm(self) -> float:
         """||theta||."""
-        return norm([p.detach() for p in self.parameters])
+        return norm(self.parameters)
 
     @torch.no_grad()
-    def displace(self, row: int, direction: Vector, scale: float) -> None:
-        """Row `row` becomes theta + scale * direction, tensor by tensor, without temporaries.
+    def take(self, row: int) -> None:
+        """Row `row` becomes theta."""
+        torch._foreach_copy_(self._views[row], self.parameters)
+
+    @torch.no_grad()
+    def displace(self, row: int, direction: Vector, scale: float) -> float:
+        """Row `row` becomes theta + scale * direction.
 
         Args:
             direction: shaped like the parameters; None stands for zero.
+
+        Returns:
+            <row - theta, direction>: how far the row really lies along the direction.
         """
+        if self._scratch is not None:
+            # A small model: gathered, so that the work is that of three calls for all tensors.
+            (theta, flat, difference), own, pieces = self._scratch
+            torch._foreach_copy_(own, self.parameters)
+            _gather(pieces, direction)
+            displaced = torch.add(theta, flat, alpha=scale, out=self.rows[0][row])
+            torch.sub(displaced, theta, out=difference)
+            return float(torch.dot(difference, flat))
         views = self._views[row]
         if self.layouts[0].device.type != "cpu":
-            torch._foreach_copy_(views, [p.detach() for p in self.parameters])
+            torch._foreach_copy_(views, self.parameters)
             moved = [(view, v) for view, v in zip(views, direction, strict=True) if v is not None]
             if moved:
                 torch._foreach_add_([x for x, _ in moved], [v for _, v in moved], alpha=scale)
-            return
+            return self.along(row, direction)
         for p, view, v in zip(self.parameters, views, direction, strict=True):
             if v is None:
                 view.copy_(p)
             else:
                 torch.add(p, v, alpha=scale, out=view)
+        return self.along(row, direction)
 
     @torch.no_grad()
     def displace_all(self, direction: Vector, scales: Sequence[float]) -> None:
@@ -128,7 +150,7 @@ class Copies:
             base = buffer_of(layout)
             if base is None:
                 base = layout.rows(1)[0]
-                _gather(layout.views(base), [p.detach() for p in layout.parameters])
+                _gather(layout.views(base), layout.parameters)
             ops.perturb(base, rows, scale=self._scale(layout, scales), direction=flat)
 
     @torch.no_grad()
@@ -158,7 +180,7 @@ class Copies:
                 continue
             last = rows[-1]
             if not sphere:
-                _gather(layout.views(last), [p.detach() for p in layout.parameters])
+                _gather(layout.views(last), layout.parameters)
             if count > 1:
                 ops.perturb(last, rows[:-1], scale=scale[:-1], offset=offset, **options)
             ops.perturb(last, rows[-1:], scale=scale[-1:], offset=offset + count - 1, **options)
@@ -174,30 +196,18 @@ class Copies:
     @torch.no_grad()
     def along(self, row: int, direction: Vector) -> float:
         """<row - theta, direction>: how far the row really lies along the direction."""
-        moved = [
-            (view, p, v)
+        parts = [
+            difference_along(view, p, v)
             for p, view, v in zip(self.parameters, self._views[row], direction, strict=True)
             if v is not None
         ]
-        if not moved:
-            return 0.0
-        small = _CHUNK.get(moved[0][0].device.type, _CHUNK_ELSE)
-        if max(v.numel() for _, _, v in moved) > small:
-            return sum(difference_along(view, p, v) for view, p, v in moved)
-        # The same sums, by a call for all tensors at once.
-        views, own, direction_ = zip(*moved, strict=True)
-        differences = torch._foreach_sub(views, own)
-        dots = [
-            torch.dot(as_vector(d), as_vector(laid_like(v, p)))
-            for d, v, p in zip(differences, direction_, own, strict=True)
-        ]
-        return math.fsum(torch.stack(dots).double().tolist())
+        return float(torch.stack(parts).sum()) if parts else 0.0
 
     @torch.no_grad()
     def distance(self, row: int) -> float:
         """||row - theta||; the row is used up."""
         views = self._views[row]
-        torch._foreach_sub_(views, [p.detach() for p in self.parameters])
+        torch._foreach_sub_(views, self.parameters)
         return norm(views)
 
     def evaluate(self, row: int, closure: Callable[[], Result]) -> Result:
@@ -207,29 +217,38 @@ class Copies:
             ValueError: the closure moved a parameter.
             Exception: whatever the closure raises; the parameters are back in their place.
         """
-        own = [p.data for p in self.parameters]
-        views = self._views[row]
-        versions = [p._version for p in self.parameters]
+        parameters, views = self.parameters, self._views[row]
+        own = [p.data for p in parameters]
+        versions = [p._version for p in parameters]
         try:
-            for p, view in zip(self.parameters, views, strict=True):
-                p.data = view
-            forget_weight_copies()
-            with torch.no_grad():
-                result = closure()
-            moved = [
-                k
-                for k, (p, view) in enumerate(zip(self.parameters, views, strict=True))
-                if p._version != versions[k] or p.data_ptr() != view.data_ptr()
-            ]
+            try:
+                _point(parameters, views)
+                forget_weight_copies()
+                with torch.no_grad():
+                    result = closure()
+                moved = [
+                    k
+                    for k, (p, view) in enumerate(zip(parameters, views, strict=True))
+                    if p._version != versions[k] or p.data_ptr() != view.data_ptr()
+                ]
+            finally:
+                _point(parameters, own)
+        except BaseException:
+            _point(parameters, own)  # an interrupt may have come before the line above
+            raise
         finally:
-            for p, data in zip(self.parameters, own, strict=True):
-                p.data = data
             forget_weight_copies()
         if moved:
             raise ValueError(
                 f"closure must only compute losses, but it moved shared_parameters {moved}"
             )
         return result
+
+
+def _point(parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Have parameters use the memory of tensors; no interrupt (Ctrl-C) comes between two of them,
+    because none of this is Python."""
+    deque(map(_set_data, parameters, tensors), maxlen=0)
 
 
 @torch.no_grad()
@@ -240,7 +259,8 @@ def _gather(views: Sequence[Tensor], pieces: Sequence[Tensor | None]) -> None:
             view.zero_()
     there = [(view, x) for view, x in zip(views, pieces, strict=True) if x is not None]
     if there:
-        torch._foreach_copy_([view for view, _ in there], [x for _, x in there])
+        targets, sources = zip(*there, strict=True)
+        torch._foreach_copy_(targets, sources)
 
 
 def check_displaceable(parameters: Sequence[Tensor]) -> None:
@@ -287,16 +307,17 @@ def check_step(step: float, length: float, dtype: torch.dtype, name: str, unit: 
         )
 
 
+@torch.no_grad()
 def norm(tensors: Sequence[Tensor]) -> float:
     """Euclidean length of all tensors together; waits for the device."""
-    lengths = torch._foreach_norm(list(tensors))
+    lengths = list(torch._foreach_norm(list(tensors)))
     if len({x.dtype for x in lengths}) > 1:
-        lengths = tuple(x.double() for x in lengths)
-    return math.sqrt(sum(x * x for x in torch.stack(lengths).double().tolist()))
+        lengths = [x.double() for x in lengths]
+    return math.hypot(*torch.stack(lengths).tolist())
 
 
-def difference_along(a: Tensor, b: Tensor, v: Tensor) -> float:
-    """<a - b, v> without temporaries of the tensors' size.
+def difference_along(a: Tensor, b: Tensor, v: Tensor) -> Tensor:
+    """<a - b, v>, a float64 scalar on the device, without temporaries of the tensors' size.
 
     Args:
         a, b: dense, of the same strides.
@@ -310,4 +331,4 @@ def difference_along(a: Tensor, b: Tensor, v: Tensor) -> float:
         end = min(start + chunk, len(x))
         part = torch.sub(x[start:end], y[start:end], out=difference[: end - start])
         parts.append(torch.dot(part, z[start:end]))
-    return float(torch.stack(parts).double().sum()) if parts else 0.0
+    return torch.stack(parts).double().sum() if parts else x.new_zeros((), dtype=torch.float64)

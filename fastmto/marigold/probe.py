@@ -75,8 +75,9 @@ class Probe:
         mu = self._mu(point, copies, joint.length, central)
         points = Along([joint.direction], [mu, -mu] if central else [mu])
         found, base = self._evaluate(point, copies, points, central)
-        shift = torch.tensor(found.along, dtype=torch.float64) / joint.length**2
-        return self._slopes(base, found, shift, central)[0]
+        ahead, behind = (*found.along, 0.0)[:2]
+        change = found.values[0] - (found.values[1] if central else base)
+        return change * (joint.length**2 / (ahead - behind))
 
     def random_gram(self, point: Point, first: int, count: int) -> Tensor:
         """G_hat (n, n) of the F_j from `count` random directions, those from number `first` on."""
@@ -113,16 +114,18 @@ class Probe:
     def copies_for(self, shared: list[Tensor], points: int) -> Copies:
         """The buffers for an estimate: those of the last one if they fit."""
         n_rows = points if self._options.evaluation == "batched" else 1
-        if self.copies is None or not self.copies.fits(shared, n_rows):
-            self.copies = Copies(shared, n_rows)
-        return self.copies
+        copies = self.copies
+        # `shared` is the copies' own list where they were found to fit.
+        if copies is None or copies.parameters is not shared or copies.n_rows != n_rows:
+            copies = self.copies = Copies(shared, n_rows)
+        return copies
 
     def _mu(self, point: Point, copies: Copies, unit: float, central: bool) -> float:
         """h / unit; h, the length of a displacement by mu times a vector of length `unit`, is
         checked against the parameters' resolution."""
         self.count = 0
         length = copies.norm()
-        dtype = max((x.dtype for x in copies.layouts), key=lambda d: torch.finfo(d).eps)
+        dtype = copies.coarsest
         if self.precision is None:
             self.precision = narrowest(point.losses, dtype)
         mu = self._options.mu
@@ -179,10 +182,10 @@ class Probe:
         forward pass. A step so long that it cannot be, at the cost of one evaluation, tells.
         """
         known = values[0] if len(points) > 1 else point.values if base is None else base
-        if not bool((values == known).all()) or not len(points):
+        if not all(torch.equal(row, known) for row in reversed(values.unbind())):
             return
         far = dataclasses.replace(points, scales=[FAR * scale for scale in points.scales])
-        if bool((evaluations.once(far) == known).all()):
+        if torch.equal(evaluations.once(far), known):
             raise RuntimeError(
                 "closure returns the same losses, bit for bit, wherever the shared parameters are: "
                 "it does not compute with them, but with copies of their values (a compiled model "

@@ -9,13 +9,16 @@ nothing had been evaluated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from threading import get_ident
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+Result = TypeVar("Result")
 
 
 class RandomState:
@@ -50,7 +53,9 @@ class Replay:
     Buffers are copied before an evaluation and written back after it: those of `module` where it
     is given; otherwise those of every module whose forward is called, found by a hook on all
     modules. What a closure changes in other ways (a module's `forward` called directly, attributes
-    that are no buffers) is not seen. The hook does not go well with `torch.compile`, which warns.
+    that are no buffers) is not seen. Modules that other threads call are left alone; torch's
+    generators belong to the process, and what another thread draws meanwhile is drawn again. The
+    hook does not go well with `torch.compile`, which warns.
 
     Args:
         start: the generators' state that every evaluation starts from; None: the present one.
@@ -68,29 +73,48 @@ class Replay:
         self._start = start or self._now
         self._module = module
         self._seen: dict[tuple[int, str], tuple[nn.Module, Tensor, Tensor]] = {}
+        self._hook: RemovableHandle | None = None
+        self._thread = get_ident()
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Around one evaluation."""
+    def run(self, compute: Callable[[], Result]) -> Result:
+        """One evaluation; an interrupt (Ctrl-C) leaves nothing behind, wherever it comes."""
+        try:
+            try:
+                self.begin()
+                return compute()
+            finally:
+                self.end()
+        except BaseException:
+            self.end()  # the interrupt may have come in the line above
+            raise
+
+    def begin(self) -> None:
+        """Before an evaluation."""
         self._start.restore()
-        hook = None
         if self._module is None:
-            hook = register_module_forward_pre_hook(self._remember)
+            self._hook = register_module_forward_pre_hook(self._remember)
         else:
             for module in self._module.modules():
                 self._remember(module)
-        try:
-            yield
-        finally:
-            if hook is not None:
-                hook.remove()
+
+    def end(self) -> None:
+        """After an evaluation; called again it changes nothing."""
+        if self._hook is not None:
+            self._hook.remove()
+        if self._seen:
             self._put_back()
-            self._now.restore()
+        self._now.restore()
 
     def _remember(self, module: nn.Module, _: Any = None) -> None:
-        for name, buffer in module._buffers.items():
-            if buffer is not None and (id(module), name) not in self._seen:
-                self._seen[id(module), name] = module, buffer, buffer.clone()
+        if module._buffers or isinstance(module, nn.DataParallel):
+            if get_ident() != self._thread:
+                return  # a model that another thread trains
+            # The replicas of DataParallel run in threads of their own, with the module's buffers.
+            parts = module.modules() if isinstance(module, nn.DataParallel) else (module,)
+            for part in parts:
+                for name, buffer in part._buffers.items():
+                    if buffer is not None and (id(part), name) not in self._seen:
+                        self._seen[id(part), name] = part, buffer, buffer.clone()
 
     @torch.no_grad()
     def _put_back(self) -> None:

@@ -80,7 +80,7 @@ class Descent(SimplexRule):
     def _displacement(self, y: Tensor, squared: float, tasks: Sequence[int]) -> Tensor:
         """step * EMA(y) (n,)."""
         self.bound = max(self.bound, self._bound(y, squared))
-        average = self.ema * take(self.average, tasks) + (1 - self.ema) * y
+        average = torch.lerp(y, take(self.average, tasks), self.ema)
         self.average = put(self.average, tasks, average)
         step = self.step
         if step is None:
