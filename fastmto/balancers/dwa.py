@@ -80,7 +80,7 @@ class DWA(LossBalancer):
         self._elapsed = 0
 
     def end_epoch(self) -> None:
-        """End the epoch; only with `window=None`. Waits for the device where values are read.
+        """End the epoch; only with `window=None`. Synchronizes where values are read.
 
         Raises:
             RuntimeError: the epochs are `window` steps long.

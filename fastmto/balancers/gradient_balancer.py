@@ -79,9 +79,9 @@ class GradientBalancer(Balancer):
         on_failure: what a search without an answer does: "hold" the last weights (a warning,
             `stats["held"]`) or "raise" SolverError before anything is written.
         capturable: once weights have been found, nothing that the device computes is read: a step
-            waits for nothing and can be captured in a CUDA graph, after a few steps that were not.
+            does not synchronize and can be captured in a CUDA graph, after a few that were not.
             `weights` is then a tensor on the device which every search writes to, `Info` and
-            `stats` wait for it when they are asked, and searches without an answer are counted,
+            `stats` synchronize when they are read, and searches without an answer are counted,
             not warned about; `Info` shows their Gram matrix as well, a status for every weighting,
             and in `result` the weights as they are used. None: on accelerators, where the method
             can. That is where the weighting is solved on the device (bargaining by "exact" from no

@@ -185,7 +185,7 @@ class LearningBalancer(LossBalancer):
                 scalar.grad = None
 
     def parameters(self) -> list[Parameter]:
-        """T scalars, one a task."""
+        """T scalars, one per task."""
         return list(self._scalars)
 
     def _learned(self, batch: Batch, losses: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class PUB(Balancer):
     the call are moved by PUB at once and have no `.grad` afterwards, so the other optimizer
     leaves them alone. Its learning rate is `lr` here, not the other optimizer's; a scheduler works
     on `optimizer`, which exists from the first `backward` on. Every call reads its counts, which
-    waits for the device, and there is no GradScaler here.
+    synchronizes with the device, and there is no GradScaler here.
 
     Source: PUB, arXiv 2410.05806; see `fastmto.PUB`.
 

@@ -49,7 +49,7 @@ class Balancer(ABC):
             (`GradientBalancer` says which are looked at): "skip" the step (no gradient
             is written, a warning, `stats["skipped"]`), "raise" NonFiniteError before anything is
             written, or "ignore" (it goes through). None: "skip" on CPUs, where looking costs
-            nothing; on accelerators, where reading a loss would wait for the device, "ignore"
+            nothing; on accelerators, where reading a loss would synchronize, "ignore"
             for the losses and "skip" for a Gram matrix that is read anyway.
 
     With a GradScaler (`backward(..., scaler=scaler)`, of losses that are not scaled) `.grad` is
@@ -59,7 +59,7 @@ class Balancer(ABC):
     have moved, is counted in `stats["skipped"]` and changes nothing else here, without a warning.
     Gradient-level methods do the same for gradients ("raise", too, is about losses alone, as
     gradients may overflow by the scale). What loss-level methods learn comes from the losses, which
-    are not scaled, and does not wait for what the scaler finds. Learnable parameters belong into
+    are not scaled, and does not depend on what the scaler finds. Learnable parameters belong into
     the model's optimizer: `scaler.step` refuses an optimizer without any gradient, and they have
     none in a step that does not search.
 
@@ -167,7 +167,7 @@ class Balancer(ABC):
         Args:
             losses: T scalars attached to their graphs: a tensor (T,), a list, a tuple or a dict
                 of named tasks. None, or a name left out of the dict, is a task absent from this
-                batch: its weight and the method's state about it keep still.
+                batch: its weight and the method's state about it are unchanged.
             shared_parameters: what the tasks share; needed by gradient-level methods.
             task_specific_parameters: the heads', in one iterable, or one iterable a task, or a
                 dict of those for named tasks. None: gradient-level methods walk the graph for all

@@ -73,7 +73,7 @@ class Batch:
 
 
 class Info(Mapping[str, Any]):
-    """What a call of `backward` found out; nothing is copied or waited for until it is read.
+    """What a call of `backward` found out; nothing is copied or synchronized until it is read.
 
     Keys, also attributes:
         weights: (T,), the weights that the losses of this step got.

@@ -45,7 +45,7 @@ def heads_of(
     if len(listed) != n_tasks:
         raise ValueError(
             f"task_specific_parameters must be one iterable of parameters, or {n_tasks} of them, "
-            f"one a task, got {len(listed)} entries"
+            f"one per task, got {len(listed)} entries"
         )
     # A parameter each, so that one which its task did not reach keeps no gradient.
     heads: list[Head] = []

@@ -86,7 +86,7 @@ class PUB(UpdateBalancer):
         on_nonfinite: a NaN or infinite loss or gradient skips the step, parameters and state
             untouched ("skip"), or raises `NonFiniteError` ("raise"). Both policies count in
             `stats` and warn.
-        capturable: whether what a step finds out stays on the device, so that no step waits for it
+        capturable: whether what a step finds out stays on the device, so that no step synchronizes
             and steps can be captured in a CUDA graph (`fastmto.GraphedStep`). None: on GPUs, where
             it is possible: with the exact bargaining or another weighting that has a solver there,
             at most 64 tasks, no policy that raises, and no float16 parameters between="weighted".
