@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -111,31 +114,110 @@ def test_parametrized_weights_that_are_cached() -> None:
     assert ends[0].std() > 1e-3
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_closure_that_computes_with_copies_is_refused(estimator: str) -> None:
+def test_marigold_in_a_block_that_is_switched_off_inside_another() -> None:
+    """The outer block keeps the copies that the closure's own block makes."""
     world = World()
-    frozen = {name: p.detach().clone() for name, p in world.trunk.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        _, info = fastmto.MARIGOLD(3).backward(
+            world.own_block(), world.trunk.parameters(), closure=world.own_block
+        )
+    assert (info.derivatives > 0).all()
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_hooks_that_keep_a_computed_weight(norm) -> None:
+    """The derivatives are right, and the weight kept is the one of the losses' graph again."""
+    trunk = nn.Sequential(nn.Linear(16, 32), nn.Tanh())
+    world = World(norm(trunk[0]) and trunk)
+    shared = list(world.trunk.parameters())
+    losses = world.losses()
+    weight = trunk[0].weight
+    rows = [torch.autograd.grad(x, shared, retain_graph=True) for x in losses]
+    g = torch.stack([torch.cat([x.flatten() for x in row]) for row in rows]).double()
+    _, info = fastmto.MARIGOLD(3).backward(losses, shared, closure=world.losses)
+    assert trunk[0].weight is weight
+    if norm is nn.utils.weight_norm:  # every training forward moves spectral norm's vectors
+        assert torch.allclose(info.derivatives, g @ g.mean(0), rtol=1e-2)
+    assert (info.derivatives > 0).all()
+
+
+def test_a_closure_in_inference_mode() -> None:
+    ends = []
+    for inference in (True, False):
+        world = World()
+
+        def closure(world: World = world, inference: bool = inference) -> list[Tensor]:
+            with torch.inference_mode() if inference else nullcontext():
+                return world.losses()
+
+        for estimator in ESTIMATORS:
+            _, info = fastmto.MARIGOLD(3, estimator=estimator).backward(
+                world.losses(), world.trunk.parameters(), closure=closure
+            )
+            ends.append(info.next_lambda)
+    for a, b in zip(ends[:4], ends[4:], strict=True):
+        assert torch.equal(a, b)
+
+
+def functional_copies(trunk: nn.Module) -> Callable[[Tensor], Tensor]:
+    frozen = {name: p.detach().clone() for name, p in trunk.named_parameters()}
+    return lambda x: torch.func.functional_call(trunk, frozen, (x,))
+
+
+def stacked_state(trunk: nn.Module) -> Callable[[Tensor], Tensor]:
+    stacked, _ = torch.func.stack_module_state([trunk])
+    call = lambda values, x: torch.func.functional_call(trunk, values, (x,))  # noqa: E731
+    return lambda x: torch.vmap(call, in_dims=(0, None))(stacked, x)[0]
+
+
+def frozen_graph(trunk: nn.Module) -> Callable[[Tensor], Tensor]:
+    return torch.jit.freeze(torch.jit.script(copy.deepcopy(trunk).eval()))
+
+
+def inference_copy(trunk: nn.Module) -> Callable[[Tensor], Tensor]:
+    with torch.inference_mode():
+        return copy.deepcopy(trunk)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("copies", [functional_copies, stacked_state, frozen_graph, inference_copy])
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_closure_that_computes_with_copies_is_refused(copies, estimator: str) -> None:
+    world = World()
+    before = [p.detach().clone() for p in world.trunk.parameters()]
+    forward = copies(world.trunk)
 
     def closure() -> list[Tensor]:
-        z = torch.func.functional_call(world.trunk, frozen, (world.x,))
+        z = forward(world.x)
         return [head(z).square().mean() for head in world.heads]
 
-    before = [p.detach().clone() for p in world.trunk.parameters()]
     balancer = fastmto.MARIGOLD(3, estimator=estimator)
-    for _ in range(1 if estimator == "span" else 0):
+    if estimator == "span":
         # The first joint gradient is the one that it goes along.
         balancer.backward(world.losses(), world.trunk.parameters(), closure=world.losses)
-    losses, shared = closure_losses(world, frozen), world.trunk.parameters()
+    # Losses with the values of the closure's, attached to the parameters.
+    nothing = sum((p - p.detach()).sum() for p in world.trunk.parameters())
+    losses = [loss.detach() + (k + 1) * nothing for k, loss in enumerate(closure())]
     with pytest.raises(RuntimeError, match="bit for bit, wherever the shared parameters are"):
-        balancer.backward(losses, shared, closure=closure)
+        balancer.backward(losses, world.trunk.parameters(), closure=closure)
     assert all(torch.equal(p, q) for p, q in zip(before, world.trunk.parameters(), strict=True))
 
 
-def closure_losses(world: World, frozen: dict[str, Tensor]) -> list[Tensor]:
-    """Losses with the values of the closure's, attached to the parameters."""
-    attached = {name: frozen[name] + (p - p.detach()) for name, p in world.trunk.named_parameters()}
-    z = torch.func.functional_call(world.trunk, attached, (world.x,))
-    return [head(z).square().mean() for head in world.heads]
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # by an import of the compiler's
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_model_with_frozen_weights_is_refused(in_place: bool) -> None:
+    world = World()
+    losses, shared = world.losses(), list(world.trunk.parameters())
+    if in_place:
+        world.trunk.compile()
+    else:
+        world.trunk = torch.compile(world.trunk)
+    with (
+        torch._inductor.config.patch(freezing=True),
+        pytest.raises(RuntimeError, match="freezing must be False where a closure calls a comp"),
+    ):
+        fastmto.MARIGOLD(3).backward(losses, shared, closure=world.losses)
 
 
 def test_a_step_too_small_for_the_forward_pass_is_no_copy() -> None:

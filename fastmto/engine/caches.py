@@ -17,7 +17,7 @@ def forget_weight_copies() -> None:
 
     Costs next to nothing outside of both.
     """
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        torch.clear_autocast_cache()
+    # Always: a block may be on around one that is switched off, and keep its copies.
+    torch.clear_autocast_cache()
     if parametrize._cache:
         parametrize._cache.clear()

@@ -9,6 +9,7 @@ nothing had been evaluated.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Any, TypeVar
@@ -47,10 +48,18 @@ class RandomState:
             torch.cuda.set_rng_state(state, index)
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module came from torch.compile(module), or module.compile() was called."""
+    return module._compiled_call_impl is not None or isinstance(
+        module, torch._dynamo.eval_frame.OptimizedModule
+    )
+
+
 class Replay:
     """Evaluations under the same circumstances.
 
-    Buffers are copied before an evaluation and written back after it: those of `module` where it
+    Buffers are copied before an evaluation and written back after it, and tensors that a module's
+    own hooks keep in attributes are the same ones again: those of `module` where it
     is given; otherwise those of every module whose forward is called, found by a hook on all
     modules. What a closure changes in other ways (a module's `forward` called directly, attributes
     that are no buffers) is not seen. Modules that other threads call are left alone; torch's
@@ -61,6 +70,9 @@ class Replay:
         start: the generators' state that every evaluation starts from; None: the present one.
         devices: as `RandomState`.
         module: that holds every module of the closure; None: not known.
+
+    Raises:
+        RuntimeError: by an evaluation, of a compiled module whose weights the compiler freezes.
     """
 
     def __init__(
@@ -73,7 +85,9 @@ class Replay:
         self._start = start or self._now
         self._module = module
         self._seen: dict[tuple[int, str], tuple[nn.Module, Tensor, Tensor]] = {}
+        self._attributes: dict[nn.Module, dict[str, Tensor]] = {}
         self._hook: RemovableHandle | None = None
+        self._freezes = False
         self._thread = get_ident()
 
     def run(self, compute: Callable[[], Result]) -> Result:
@@ -90,6 +104,8 @@ class Replay:
 
     def begin(self) -> None:
         """Before an evaluation."""
+        inductor: Any = sys.modules.get("torch._inductor.config")
+        self._freezes = inductor is not None and inductor.freezing
         self._start.restore()
         if self._module is None:
             self._hook = register_module_forward_pre_hook(self._remember)
@@ -101,20 +117,31 @@ class Replay:
         """After an evaluation; called again it changes nothing."""
         if self._hook is not None:
             self._hook.remove()
-        if self._seen:
+        if self._seen or self._attributes:
             self._put_back()
         self._now.restore()
 
     def _remember(self, module: nn.Module, _: Any = None) -> None:
-        if module._buffers or isinstance(module, nn.DataParallel):
-            if get_ident() != self._thread:
-                return  # a model that another thread trains
-            # The replicas of DataParallel run in threads of their own, with the module's buffers.
-            parts = module.modules() if isinstance(module, nn.DataParallel) else (module,)
-            for part in parts:
-                for name, buffer in part._buffers.items():
-                    if buffer is not None and (id(part), name) not in self._seen:
-                        self._seen[id(part), name] = part, buffer, buffer.clone()
+        if self._freezes and get_ident() == self._thread and _is_compiled(module):
+            raise RuntimeError(
+                "torch._inductor.config.freezing must be False where a closure calls a compiled "
+                f"module ({type(module).__name__}): with it the compiler keeps the weights as they "
+                "were when it first computed without gradients, and no displaced one is seen"
+            )
+        parallel = isinstance(module, nn.DataParallel)
+        if not (module._buffers or module._forward_pre_hooks or parallel):
+            return
+        if get_ident() != self._thread:
+            return  # a model that another thread trains
+        # The replicas of DataParallel run in threads of their own, with the module's buffers.
+        for part in module.modules() if parallel else (module,):
+            for name, buffer in part._buffers.items():
+                if buffer is not None and (id(part), name) not in self._seen:
+                    self._seen[id(part), name] = part, buffer, buffer.clone()
+            if part._forward_pre_hooks and part not in self._attributes:
+                # Old-style weight_norm and spectral_norm keep the weight that they computed here.
+                tensors = {k: v for k, v in vars(part).items() if isinstance(v, Tensor)}
+                self._attributes[part] = tensors
 
     @torch.no_grad()
     def _put_back(self) -> None:
@@ -124,4 +151,6 @@ class Replay:
             buffer.data.copy_(value)
             if module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
-        self._seen = {}
+        for module, tensors in self._attributes.items():
+            vars(module).update(tensors)
+        self._seen, self._attributes = {}, {}
