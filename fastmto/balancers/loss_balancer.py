@@ -35,23 +35,24 @@ class LossBalancer(Balancer):
                 f"accumulate must be False for {type(self).__name__}, which weighs losses, not "
                 "gradients: call backward for every micro-batch, .grad adds up"
             )
-        losses = batch.losses
-        with torch.no_grad():
+        with torch.no_grad():  # the graphs of the losses were recorded before
+            losses = batch.losses
             weights = self._weigh(batch, losses) if searches else like(self._current(batch), losses)
             self._observe(batch, losses)
-        seeds = weights if batch.seed is None else weights * batch.seed
-        roots = batch.present
-        starts = [
-            seed.to(loss.dtype).expand_as(loss)
-            for seed, loss in zip(seeds.unbind(), roots, strict=True)
-        ]
-        if batch.unbalanced is not None:
-            one = torch.ones_like(batch.unbalanced)
-            starts.append(one if batch.seed is None else one * batch.seed)
-            roots = [*roots, batch.unbalanced]
-        torch.autograd.backward(roots, starts, retain_graph=batch.retain_graph)
-        self._counted["backwards"] += 1
-        with torch.no_grad():
+            seeds = weights if batch.seed is None else weights * batch.seed
+            roots = batch.present
+            starts = [
+                seed
+                if loss.dim() == 0 and loss.dtype is seed.dtype
+                else seed.to(loss).view_as(loss)
+                for seed, loss in zip(seeds.unbind(), roots, strict=True)
+            ]
+            if batch.unbalanced is not None:
+                one = torch.ones_like(batch.unbalanced)
+                starts.append(one if batch.seed is None else one * batch.seed)
+                roots = [*roots, batch.unbalanced]
+            torch.autograd.backward(roots, starts, retain_graph=batch.retain_graph)
+            self._counted["backwards"] += 1
             if searches:
                 self._learn(batch, losses, weights)
                 self._keep(batch, weights)
