@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastmto.experiments import cli, compare
+import fastmto
+from fastmto.experiments import compare
 from fastmto.experiments.cli import main
 from fastmto.experiments.compare import Compared, load_data, peak_memory, save_data, spread
 from fastmto.experiments.data import MultiTaskData, load_digits
@@ -134,7 +135,7 @@ print(peak_memory(torch.device("cpu")) - base)
 )
 def test_peak_memory_remembers_what_is_gone() -> None:
     n = 50_000_000
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(fastmto.__file__).parent.parent)}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(n)],
         capture_output=True,
@@ -148,8 +149,8 @@ def test_peak_memory_remembers_what_is_gone() -> None:
 @pytest.mark.skipif(os.name != "posix", reason="sends signals to processes")
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_the_finished_runs(end: signal.Signals) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
-    arguments = "compare --balancers equal,famo --seeds 1 --epochs 1 --batch-size 2048"
+    environment = {**os.environ, "PYTHONPATH": str(Path(fastmto.__file__).parent.parent)}
+    arguments = "compare --balancers equal,famo --seeds 1 --epochs 8 --batch-size 256"
     process = subprocess.Popen(
         [sys.executable, "-m", "fastmto", *arguments.split(), "--json", "c.json"],
         stdout=subprocess.PIPE,

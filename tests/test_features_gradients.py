@@ -23,7 +23,7 @@ from levels import (
     family,
     rows_for,
 )
-from problems import net
+from problems import batch, net
 from torch import Tensor, nn
 
 import fastmto
@@ -346,3 +346,22 @@ def test_resumes_in_the_middle_of_all_of_it(row, stop):
     resumed.load(torch.load(file))
     go(resumed, range(stop, 9))
     assert_same_run(whole, resumed)
+
+
+def test_zeros_in_grad_are_nothing_to_lose():
+    """`zero_grad(set_to_none=False)` of the model, before the first step and between steps."""
+    models = net(), net()
+    ours, plain = (fastmto.PUB(m.trunk.parameters(), m.head_parameters()) for m in models)
+    for p in models[0].parameters():
+        p.grad = torch.zeros_like(p)
+    for t in range(3):
+        models[0].zero_grad(set_to_none=False)
+        plain.zero_grad()
+        for model, optimizer in zip(models, (ours, plain), strict=True):
+            optimizer.backward(model.losses(batch(t)))
+            optimizer.step()
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.equal(p, q)
+    sum(models[0].losses(batch(4))).backward()
+    with pytest.raises(RuntimeError, match="unbalanced="):
+        ours.backward(models[0].losses(batch(4)))

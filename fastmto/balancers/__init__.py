@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..engine.balancer import Balancer, Info
+from ..engine.balancer import Balancer
+from ..engine.batch import Info
 from ..marigold.balancer import MARIGOLD, MarigoldInfo
 from . import gram_methods
 from .banditmtl import BanditMTL
@@ -10,8 +11,9 @@ from .db_mtl import DBMTL
 from .dwa import DWA
 from .famo import FAMO
 from .graddrop import GradDrop
-from .gradient_balancer import GradientBalancer, GramBalancer
+from .gradient_balancer import GradientBalancer
 from .gradnorm import GradNorm
+from .gram_balancer import GramBalancer
 from .gram_methods import *  # noqa: F403
 from .imtl import IMTL
 from .imtl_l import IMTLL

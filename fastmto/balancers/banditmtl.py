@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..engine.balancer import Batch
+from ..engine.batch import Batch
 from ..engine.per_task import like, put, take
 from .loss_balancer import LossBalancer
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..engine.balancer import Batch
+from ..engine.batch import Batch
 from ..engine.gradient_level import GradientLevel
 from ..errors import NonFiniteError
 from .gradient_balancer import GradientBalancer, GradientOptions
@@ -28,7 +28,7 @@ class DBMTL(GradientBalancer):
         d   =  sum_i a_i e_i,                       a_i = max_j ||e_j|| / ||e_i||
 
     e starts at 0, as in the paper. Heads learn by grad log L_i. Between two searches the weight of
-    L_i is what it was in the last one, a_i / L_i; e then stands still, and so it does for a task
+    L_i is what it was in the last one, a_i / L_i; e is unchanged then, as it is for a task
     that is absent. e takes T vectors of the size of what is shared, in float32 (float64 for
     float64), and is part of `state_dict`.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..engine.balancer import Batch
+from ..engine.batch import Batch
 from ..engine.per_task import like, put, take
 from .loss_balancer import LossBalancer
 
@@ -80,7 +80,7 @@ class DWA(LossBalancer):
         self._elapsed = 0
 
     def end_epoch(self) -> None:
-        """End the epoch; only with `window=None`. Waits for the device where values are read.
+        """End the epoch; only with `window=None`. Synchronizes where values are read.
 
         Raises:
             RuntimeError: the epochs are `window` steps long.

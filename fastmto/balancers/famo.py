@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..engine.balancer import Batch
+from ..engine.batch import Batch
 from ..engine.compiler import uncompiled
 from ..engine.losses import Losses, as_list, first_nonfinite
 from ..engine.per_task import TaskAdam, like, put, take

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..engine.balancer import Batch
+from ..engine.batch import Batch
 from ..engine.gradient_level import GradientLevel
 from ..errors import NonFiniteError
 from .gradient_balancer import GradientBalancer, GradientOptions
@@ -65,7 +65,7 @@ class GradDrop(GradientBalancer):
 
     def _set_tasks(self, n_tasks: int) -> None:
         if self.leak is not None and len(self.leak) != n_tasks:
-            raise ValueError(f"leak must hold {n_tasks} numbers, one a task, got {self.leak}")
+            raise ValueError(f"leak must hold {n_tasks} numbers, one per task, got {self.leak}")
         super()._set_tasks(n_tasks)
 
     def _weigh(self, level: GradientLevel, active: list[int], batch: Batch) -> Tensor:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from .. import methods, weightings
-from ..engine.balancer import Batch
+from ..engine.batch import Batch
 from ..weightings import DeviceSolver, Weighting
-from .gradient_balancer import GradientBalancer, GramBalancer
+from .gradient_balancer import GradientBalancer
+from .gram_balancer import GramBalancer
 
 __all__ = [
     "IMTLG",

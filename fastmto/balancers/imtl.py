@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import weightings
-from ..engine.balancer import Batch
+from ..engine.batch import Batch
 from ..engine.gradient_level import GradientLevel
 from ..engine.search import Decision
-from .gradient_balancer import GradientOptions, GramBalancer
+from .gradient_balancer import GradientOptions
+from .gram_balancer import GramBalancer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

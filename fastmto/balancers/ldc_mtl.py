@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..checks import check_choice, check_number
-from ..engine.balancer import Batch
+from ..engine.batch import Batch
 from ..engine.per_task import like, put, take
 from .loss_balancer import LearningBalancer
 

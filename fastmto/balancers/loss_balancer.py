@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..engine.balancer import Balancer, Batch, Info
+from ..engine.balancer import Balancer
+from ..engine.batch import Batch, Info
 from ..engine.per_task import like, put
 
 
@@ -184,7 +185,7 @@ class LearningBalancer(LossBalancer):
                 scalar.grad = None
 
     def parameters(self) -> list[Parameter]:
-        """T scalars, one a task."""
+        """T scalars, one per task."""
         return list(self._scalars)
 
     def _learned(self, batch: Batch, losses: Tensor) -> Tensor:

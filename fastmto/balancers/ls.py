@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.balancer import Batch
+from ..engine.batch import Batch
 from ..engine.per_task import like, take
 from .loss_balancer import LossBalancer
 

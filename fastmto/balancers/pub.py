@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..engine.balancer import Balancer, Batch, Info
+from ..engine.balancer import Balancer
+from ..engine.batch import Batch, Info
 from ..engine.survey import heads_of
 from ..optim import pub
 
@@ -21,7 +22,7 @@ class PUB(Balancer):
     the call are moved by PUB at once and have no `.grad` afterwards, so the other optimizer
     leaves them alone. Its learning rate is `lr` here, not the other optimizer's; a scheduler works
     on `optimizer`, which exists from the first `backward` on. Every call reads its counts, which
-    waits for the device, and there is no GradScaler here.
+    synchronizes with the device, and there is no GradScaler here.
 
     Source: PUB, arXiv 2410.05806; see `fastmto.PUB`.
 
@@ -99,9 +100,12 @@ class PUB(Balancer):
             )
         optimizer = self.optimizer
         before = dict(optimizer.stats)
-        optimizer.backward(batch.values)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.backward(
+            batch.values, unbalanced=batch.unbalanced, retain_graph=batch.retain_graph
+        )
+        if not batch.accumulate:
+            optimizer.step()
+            optimizer.zero_grad()
         for name in ("searches", "backwards", "held", "skipped", "untouched"):
             self._counted[name] += optimizer.stats[name] - before[name]
         assert optimizer.weights is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..engine.balancer import Batch
+from ..engine.batch import Batch
 from .loss_balancer import LossBalancer
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..engine.balancer import Batch
+from ..engine.batch import Batch
 from .loss_balancer import LearningBalancer
 
 

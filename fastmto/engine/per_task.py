@@ -1,6 +1,6 @@
 """Small state with one entry a task: reading and writing some of its entries, Adam on it.
 
-Nothing here waits for the device, with all tasks present or not.
+Nothing here synchronizes with the device, with all tasks present or not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def take(state: Tensor, tasks: Sequence[int]) -> Tensor:
     """Entries (n,) of `tasks` (increasing); `state` (T,) itself where that is all of them."""
     if len(tasks) == len(state):
         return state
-    # Indexing by a list would copy the list to the device, and wait for it.
+    # Indexing by a list would copy the list to the device, and synchronize.
     return torch.stack([state[i] for i in tasks])
 
 
@@ -36,7 +36,7 @@ def like(state: Tensor, losses: Tensor) -> Tensor:
 
 
 class TaskAdam:
-    """Adam on a vector with one entry a task; an absent task's moments and step count keep still.
+    """Adam on a vector with one entry per task; absent tasks' moments and counts are unchanged.
 
     Source: Kingma & Ba 2015, Algorithm 1; weight decay is added to the gradient, as in
     `torch.optim.Adam`.

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from ..checks import check_initialized
 from ..errors import warn
-from .balancer import Batch, as_tensors
+from .batch import Batch, as_tensors
 from .graph import graph_nodes, leaves, reaches
 
 #: A task-specific parameter with its task, None where that is to be found.
@@ -45,7 +45,7 @@ def heads_of(
     if len(listed) != n_tasks:
         raise ValueError(
             f"task_specific_parameters must be one iterable of parameters, or {n_tasks} of them, "
-            f"one a task, got {len(listed)} entries"
+            f"one per task, got {len(listed)} entries"
         )
     # A parameter each, so that one which its task did not reach keeps no gradient.
     heads: list[Head] = []

@@ -30,9 +30,8 @@ except ImportError as error:
         f"fastmto.integrations.torchjd needs TorchJD: pip install 'fastmto[torchjd]' ({error})"
     ) from error
 
-from .. import weightings
+from .. import solvers, weightings
 from ..errors import SolverError
-from ..solvers import dual_cone
 
 GramWeighting = weightings.Weighting | str | Callable[[Tensor], Any]
 
@@ -126,7 +125,7 @@ class Projector(torchjd.linalg.DualConeProjector):
         weights = torch.empty_like(references)
         flat = (x.view(-1, len(gram)) for x in (references, weights))
         for reference, out in zip(*flat, strict=True):
-            result = dual_cone(gram, reference)
+            result = solvers.dual_cone(gram, reference)
             if result.weights is None:
                 raise SolverError(
                     f"no projection onto the dual cone: {result.status}", result.status

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import weightings
-from ..engine.balancer import Balancer, Batch, Info
+from ..engine.balancer import Balancer
+from ..engine.batch import Batch, Info
 from ..engine.compiler import uncompiled
 from ..engine.losses import Losses, as_list
 from ..engine.per_task import put, take

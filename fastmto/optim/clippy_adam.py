@@ -27,7 +27,7 @@ class ClippyAdam(torch.optim.Optimizer):
         theta <- (1 - lr weight_decay) theta - lr sigma u
 
     A plain torch optimizer: `loss.backward()`, `step()`. A step with a NaN or infinite gradient
-    raises before anything moves, which is why a step waits for a GPU once.
+    raises before anything moves, which is why a step synchronizes with a GPU once.
 
     Args:
         params: parameters or param groups of one device.

@@ -86,6 +86,8 @@ class Pending:
                 lost = pending and grad is not None
             else:
                 lost = now is not grad or now._version != version
+                # Zeros are nothing to lose: a model's `zero_grad(set_to_none=False)` leaves them.
+                lost = lost and (pending or bool(now.any()))
             if lost:
                 raise RuntimeError(
                     f"a parameter of shape {tuple(p.shape)} has a .grad from another backward or "

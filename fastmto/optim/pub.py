@@ -38,22 +38,29 @@ class PUB(UpdateBalancer):
     `torch.compile` takes the forward pass whole; its graphs end at `backward` and `step`, which
     walk the autograd graph and write to the parameters' memory.
 
-    The shared parameters' `.grad` stays None: their gradients are rows of
-    `optimizer.gradients.rows`, so `clip_grad_norm_` on the model sees the heads alone.
+    The shared parameters' `.grad` is a placeholder: it shows the joint gradient between two
+    searches and one task's gradient in a search. A change of it cannot take effect, since updates
+    are made of all tasks' gradients: `step` raises and names the argument to use. A head's `.grad`
+    is its gradient, and may be changed.
+
+    Layers may be frozen and brought back during training by `requires_grad_`: a frozen parameter
+    and its moments are unchanged, the step count of its group goes on. `add_param_group` adds
+    heads.
 
     Args:
         shared_parameters: what all tasks train: parameters of any floating dtype on one device,
             or dicts with "params" and own `lr`, `weight_decay` or rule hyperparameters. Their
             storage moves into flat buffers: build the optimizer after `model.to(...)`.
-        task_parameters: one list a task (possibly empty), a dict of named lists, or one flat
+        task_parameters: one list per task (possibly empty), a dict of named lists, or one flat
             iterable, whose owners are found at the first search in which they have a gradient.
         lr: learning rate of all groups that bring none, >= 0.
         rule: "adam", "adagrad", "rmsprop" or a rule of `fastmto.rules` with its
             hyperparameters.
         weight_decay: decoupled decay a step, in units of lr, applied once.
-        weighting: "bargaining" (exact), "ccp", or any callable that takes a Gram (T, T) float64
-            on the CPU and returns weights (T,); `fastmto.weightings.Weighting` objects may keep
-            state.
+        weighting: "bargaining" (exact), "ccp", the name of any method of the Gram matrix
+            ("nashmtl", "cagrad", "upgrad", ...), a `fastmto.weightings.Weighting`, which may keep
+            state, or any callable that takes a Gram (T, T) float64 on the CPU and returns weights
+            (T,).
         update_weights_every: steps from search to search; the first step always searches.
         scale: length of the joint update: "mean_norm" (the mean length of the task updates),
             "rms" (sqrt(P): unit RMS a coordinate), "sum" (weights sum to T), "none" (as the
@@ -65,13 +72,21 @@ class PUB(UpdateBalancer):
         adatask: every task keeps its own moments, (T, P) each (AdaTask, AAAI 2023).
         delayed: step with the weights of the search before, in the same pass that takes the new
             Gram; a search that fails (`on_failure="raise"`) does so after that step.
+        clip_norm: largest norm of the joint gradient, as `torch.nn.utils.clip_grad_norm_` over
+            all parameters takes it: if sum_i w_i g_i and the heads' gradients together are
+            longer, all gradients are multiplied by clip_norm / norm before updates are formed of
+            them. w are the weights before this step's search. See `optim/clipping.py`.
+        clip_task_norm: largest norm of each task's gradient, its own heads included; before
+            `clip_norm`. Needs between="per_task", which it makes the default.
+        warmup_steps: learning rates are multiplied by min(1, t / warmup_steps) at step t = 1, 2,
+            ...
         on_failure: a search that finds no weights (tasks Pareto stationary, or nearer to that than
             float32 tells, kappa above 1e7; a zero update) keeps the last ones ("hold") or raises
             `SolverError` ("raise").
         on_nonfinite: a NaN or infinite loss or gradient skips the step, parameters and state
             untouched ("skip"), or raises `NonFiniteError` ("raise"). Both policies count in
             `stats` and warn.
-        capturable: whether what a step finds out stays on the device, so that no step waits for it
+        capturable: whether what a step finds out stays on the device, so that no step synchronizes
             and steps can be captured in a CUDA graph (`fastmto.GraphedStep`). None: on GPUs, where
             it is possible: with the exact bargaining or another weighting that has a solver there,
             at most 64 tasks, no policy that raises, and no float16 parameters between="weighted".
@@ -89,11 +104,11 @@ class PUB(UpdateBalancer):
             shared parameters.
         capturable: as it was decided; None while T is unknown.
 
-    Reading `weights`, `gram`, `result`, `stats` or a `state_dict` waits for a GPU.
+    Reading `weights`, `gram`, `result`, `stats` or a `state_dict` synchronizes with a GPU.
 
     Raises:
-        ValueError: an argument is out of its range, a parameter is listed twice, frozen,
-            complex, on another device or without dense memory.
+        ValueError: an argument is out of its range, a parameter is listed twice, complex, on
+            another device, of a lazy module without a shape, or without dense memory.
 
     Example:
         >>> import torch, fastmto

@@ -1,6 +1,9 @@
 """The update-level optimizer: losses -> gradients -> Gram matrix -> weights -> parameters.
 
-`UpdateBalancer` is the chain; `PUB` and `AdaTask` are configurations of it.
+`UpdateBalancer` is the chain; `PUB` and `AdaTask` are configurations of it. Its step is `_step`.
+More than 400 lines for one class: half of them are the arguments, properties and docstrings of
+torch's optimizer protocol; memory, gradients, search, clipping and checkpoints have files of their
+own.
 """
 
 from __future__ import annotations
@@ -286,7 +289,8 @@ class UpdateBalancer(torch.optim.Optimizer):
                 weight and its own moments are unchanged.
             unbalanced: a scalar loss beside the tasks', such as a regularizer. Its gradient joins
                 the tasks' with weight 1: its update is added to the joint update, its gradient to
-                that of the moments and of the heads. It takes no part in the search.
+                that of the moments and of the heads. It takes no part in the search. One backward
+                pass more; not with `adatask`, whose moments are all some task's.
             scaler: multiplies the gradients of these backward passes by its scale, on the way;
                 the losses come as they are. `scaler.step(optimizer)` then divides it out again,
                 once, and `scaler.update()` learns of gradients that were not finite.

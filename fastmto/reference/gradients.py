@@ -2,8 +2,9 @@
 
 Gradients (T, P) in, direction (P,) out: one row g_i a task, rules written down as the papers state
 them, by enumeration where that is exact. Slow (exponential in T for MGDA, CAGrad, UPGrad and
-DualProj), plain, and sharing nothing with the solvers on the Gram matrix. For gradients that have
-an answer: there are no statuses here.
+DualProj), plain, and sharing nothing with the solvers on the Gram matrix; in one file beside each
+other, though it has more than 400 lines. For gradients that have an answer: there are no statuses
+here.
 
 Relatives of the fast path: `fastmto.weightings` (weights whose sum_i w_i g_i is the direction) and
 `fastmto.balancers`.
