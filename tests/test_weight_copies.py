@@ -204,7 +204,7 @@ def test_a_closure_that_computes_with_copies_is_refused(copies, estimator: str) 
     assert all(torch.equal(p, q) for p, q in zip(before, world.trunk.parameters(), strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit")  # by an import of the compiler's
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Using `torch.compile")
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_compiled_model_with_frozen_weights_is_refused(in_place: bool) -> None:
     world = World()

@@ -122,7 +122,7 @@ class Replay:
         self._now.restore()
 
     def _remember(self, module: nn.Module, _: Any = None) -> None:
-        if self._freezes and get_ident() == self._thread and _is_compiled(module):
+        if self._freezes and _is_compiled(module) and not self._elsewhere():
             raise RuntimeError(
                 "torch._inductor.config.freezing must be False where a closure calls a compiled "
                 f"module ({type(module).__name__}): with it the compiler keeps the weights as they "
@@ -131,8 +131,8 @@ class Replay:
         parallel = isinstance(module, nn.DataParallel)
         if not (module._buffers or module._forward_pre_hooks or parallel):
             return
-        if get_ident() != self._thread:
-            return  # a model that another thread trains
+        if self._elsewhere():
+            return
         # The replicas of DataParallel run in threads of their own, with the module's buffers.
         for part in module.modules() if parallel else (module,):
             for name, buffer in part._buffers.items():
@@ -142,6 +142,10 @@ class Replay:
                 # Old-style weight_norm and spectral_norm keep the weight that they computed here.
                 tensors = {k: v for k, v in vars(part).items() if isinstance(v, Tensor)}
                 self._attributes[part] = tensors
+
+    def _elsewhere(self) -> bool:
+        """Whether this is a model that another thread trains; torch.compile cannot trace that."""
+        return not torch.compiler.is_compiling() and get_ident() != self._thread
 
     @torch.no_grad()
     def _put_back(self) -> None:
