@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..engine.balancer import Balancer
 from ..engine.batch import Info
-from ..marigold.balancer import MARIGOLD, MarigoldInfo
+from ..marigold.balancer import MARIGOLD
+from ..marigold.info import MarigoldInfo
 from . import gram_methods
 from .banditmtl import BanditMTL
 from .db_mtl import DBMTL

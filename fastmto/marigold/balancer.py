@@ -1,4 +1,7 @@
-"""MARIGOLD: task weights from losses at displaced parameters, at a cost that T does not change."""
+"""MARIGOLD: task weights from losses at displaced parameters, at a cost that T does not change.
+
+Longer than other files because a third of it says what the arguments are.
+"""
 
 from __future__ import annotations
 
@@ -11,56 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import weightings
 from ..engine.balancer import Balancer
 from ..engine.batch import Batch, Info
 from ..engine.compiler import uncompiled
 from ..engine.losses import Losses, as_list
-from ..engine.per_task import put, take
+from ..engine.per_task import put
 from ..engine.survey import trainable
 from ..errors import NonFiniteError, SolverError, warn
 from ..weightings import Weighting
 from .functional import FunctionalClosure
+from .info import MarigoldInfo
 from .joint import Joint, backward, joint_backward
 from .known_vectors import KnownVectors
 from .options import DIRECTIONS_A_TASK, GramCriterion, Options
 from .perturb import Copies, check_displaceable
 from .probe import Point, Probe
 from .replay import RandomState, Replay
-from .simplex_rules import FamoRule, Mirror, Projected, SimplexRule
+from .upper_level import UpperLevel, weighting_of
 
 #: What `MARIGOLD.stats` counts beyond the base's.
 STATS = ("evaluations", "dropped", "stationary")
-
-
-class MarigoldInfo(Info):
-    """`Info` with what the estimate of the step found.
-
-    Keys beyond `Info`'s:
-        estimator: its name.
-        evaluation: "sequential", "batched", or None where nothing was evaluated.
-        evaluations: how many times the closure was evaluated in this step.
-        derivatives: y (n,) float64 of the n present tasks ("forward", "central"; for "reuse" see
-            `MARIGOLD.last_derivatives` after `update`); None where not estimated.
-        step: h = mu ||v||, the length of the displacement; None where nothing was displaced.
-        next_lambda: (T,) simplex weights that the next step starts from.
-        dropped: why the estimate was dropped; None where it was not.
-
-    `gram` is the estimated Gram matrix ("directions" and "span").
-    """
-
-    _KEYS = (
-        *Info._KEYS, "estimator", "evaluation", "evaluations", "derivatives", "step",
-        "next_lambda", "dropped",
-    )  # fmt: skip
-
-    estimator: str
-    evaluation: str | None = None
-    evaluations: int = 0
-    derivatives: Tensor | None = None
-    step: float | None = None
-    next_lambda: Tensor | None = None
-    dropped: str | None = None
 
 
 @dataclass
@@ -252,7 +225,7 @@ class MARIGOLD(Balancer):
             debug=debug,
             on_failure=on_failure,
         )
-        self._weighting = _weighting(self.options) if self.options.by_gram else None
+        self._weighting = weighting_of(self.options)
         super().__init__(
             self.options.n_tasks(n_tasks),
             update_weights_every=1 if every is None else every,
@@ -286,24 +259,9 @@ class MARIGOLD(Balancer):
 
     def _set_tasks(self, n_tasks: int) -> None:
         super()._set_tasks(n_tasks)
-        options = self.options
-        options.n_tasks(n_tasks)
-        self.weights = torch.full((n_tasks,), 1 / n_tasks, dtype=torch.float64)
-        self._lambda = self.weights.clone()
-        self._rule: SimplexRule
-        assert options.beta is not None
-        assert options.ema is not None
-        if options.famo:
-            self._rule = FamoRule(n_tasks, options.famo_lr, options.famo_gamma)
-        else:
-            kind = Mirror if options.lambda_update == "mirror" else Projected
-            self._rule = kind(n_tasks, options.beta, options.lambda_step, options.ema)
-        self._scale: Tensor | None = None  # F_i = f_i / scale_i
-        if options.preference is not None and options.criterion != "bargaining":
-            self._scale = torch.tensor(options.preference, dtype=torch.float64)
-            self._scale /= self._scale.mean()
-        self._minima = torch.tensor(options.min_losses or [0.0] * n_tasks, dtype=torch.float64)
-        self._gram = torch.full((n_tasks, n_tasks), math.nan, dtype=torch.float64)
+        self.options.n_tasks(n_tasks)
+        self._upper = UpperLevel(n_tasks, self.options, self._weighting)
+        self.weights = self._upper.lambda_.clone()
         self._estimates = 0  # estimates begun: they number the random directions
         self._known = KnownVectors()
         self._refreshed = 0  # the estimate that last took the tasks' gradients
@@ -313,7 +271,7 @@ class MARIGOLD(Balancer):
         """(T,) float64, the weights that the next step is made with."""
         if self.weights is None:
             raise RuntimeError("lambda_ needs the number of tasks: give n_tasks, or call backward")
-        return self._lambda
+        return self._upper.lambda_
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -358,7 +316,7 @@ class MARIGOLD(Balancer):
         # Reading the losses waits for the device: not between two estimates.
         reads = searches or self.options.log_losses
         values = losses.to("cpu", torch.float64) if reads else torch.empty(0)
-        own = self._loss_weights(batch.tasks, values)
+        own = self._upper.loss_weights(batch.tasks, values, self._label)
         weights = own.to(losses.device, losses.dtype, non_blocking=True)
         joint = self._joint_gradient(batch, weights, searches)
         assert self.weights is not None
@@ -380,7 +338,7 @@ class MARIGOLD(Balancer):
                 retain=batch.retain_graph,
             )
             self._counted["backwards"] += 1
-        info.next_lambda = self._lambda
+        info.next_lambda = self._upper.lambda_
         if self._reuse is None:
             self._recorded = None
         return (weights * losses).sum(), info  # a product that autocast leaves alone
@@ -420,29 +378,6 @@ class MARIGOLD(Balancer):
                 f"{type(batch.closure).__name__}"
             )
 
-    def _loss_weights(self, tasks: list[int], values: Tensor) -> Tensor:
-        """What the n present losses are multiplied by: lambda_i dF_i/df_i."""
-        weights = take(self._lambda, tasks)
-        if self._scale is not None:
-            weights = weights / take(self._scale, tasks)
-        if self.options.log_losses:
-            above = values - take(self._minima, tasks)
-            low = (~(above > 0)).nonzero()
-            if len(low):
-                k = int(low[0])
-                raise ValueError(
-                    f"{self._label(tasks[k])} must be > {float(self._minima[tasks[k]]):g}: its "
-                    f"logarithm is balanced, got {float(values[k]):g}"
-                )
-            weights = weights / above
-        return weights / weights.sum() if self.options.famo else weights
-
-    def _transformed(self, tasks: list[int], values: Tensor) -> Tensor:
-        """F (..., n) from losses f (..., n), float64; NaN where there is no logarithm."""
-        if self.options.log_losses:
-            values = (values - take(self._minima, tasks)).log()
-        return values if self._scale is None else values / take(self._scale, tasks)
-
     def _joint_gradient(self, batch: Batch, weights: Tensor, searches: bool) -> Joint | None:
         """The backward of the step; its gradient where an estimate needs it."""
         shared = batch.shared
@@ -451,7 +386,9 @@ class MARIGOLD(Balancer):
             self._known.bind(shared)
             old = self._estimates - self._refreshed >= self.options.span_refresh
             if self.options.span == "gradients" and (len(self._known) == 0 or old):
-                self._known.take_gradients(batch.present, batch.tasks, len(self._lambda), shared)
+                self._known.take_gradients(
+                    batch.present, batch.tasks, len(self._upper.lambda_), shared
+                )
                 self._counted["backwards"] += len(batch.tasks)
                 self._refreshed = self._estimates
         self._counted["backwards"] += 1
@@ -476,7 +413,7 @@ class MARIGOLD(Balancer):
                 assert batch.shared is not None
                 copies = self._probe.copies_for(batch.shared, 1)
                 copies.take(0)
-            start = self._transformed(batch.tasks, values)
+            start = self._upper.transformed(batch.tasks, values)
             self._reuse = _Reuse(batch.tasks, start, length, copies)
         elif length == 0 and not self.options.by_gram:
             self._counted["stationary"] += 1
@@ -495,14 +432,14 @@ class MARIGOLD(Balancer):
             shared,
             closure,
             read=lambda losses: self._read(losses, tasks, "closure's losses"),
-            transform=lambda losses: self._transformed(tasks, losses),
+            transform=lambda losses: self._upper.transformed(tasks, losses),
             label=lambda k: self._label(tasks[k]),
             start=self._recorded,
         )
 
     def _estimate(self, batch: Batch, point: Point, joint: Joint, info: MarigoldInfo) -> None:
         """Evaluate the closure at displaced parameters, and move lambda by what it gives."""
-        probe, options, n_tasks = self._probe, self.options, len(self._lambda)
+        probe, options, n_tasks = self._probe, self.options, len(self._upper.lambda_)
         try:
             if self.estimator == "directions":
                 count = options.n_directions or DIRECTIONS_A_TASK * n_tasks
@@ -534,27 +471,15 @@ class MARIGOLD(Balancer):
 
     def _move(self, y: Tensor, squared: float, tasks: list[int]) -> None:
         """lambda by the derivatives y (n,)."""
-        self._lambda = self._rule.move(self._lambda, y, squared, tasks)
+        self._upper.move(y, squared, tasks)
         self._found = True
         self.last_derivatives = y
 
     def _solve(self, gram: Tensor, tasks: list[int], info: MarigoldInfo) -> None:
         """lambda where the criterion says for the Gram matrix, averaged with earlier ones."""
-        ema, weighting = self.options.ema, self._weighting
-        assert ema is not None
-        assert weighting is not None
-        rows = torch.tensor(tasks)
-        block = (rows[:, None], rows[None, :])
-        before = self._gram[block]
-        gram = torch.where(before.isnan(), gram, ema * before + (1 - ema) * gram)
-        self._gram = self._gram.clone()
-        self._gram[block] = gram
-        info.gram = gram
+        info.gram = self._upper.average(gram, tasks)
         try:
-            if isinstance(weighting, Weighting):
-                found = weighting(gram, None if len(tasks) == len(self._gram) else tasks)
-            else:
-                found = torch.as_tensor(weighting(gram.clone()))
+            self._upper.solve(info.gram, tasks)
         except SolverError as error:
             if self.options.on_failure == "raise":
                 raise
@@ -562,15 +487,7 @@ class MARIGOLD(Balancer):
             info.answer(status=error.status)
             warn(f"weights held: {error.status}; the last ones stay (stats['held'])")
             return
-        info.answer(getattr(weighting, "result", None))
-        found = found.detach().to("cpu", torch.float64)
-        if found.shape != (len(tasks),) or not bool(found.isfinite().all()):
-            raise ValueError(
-                f"criterion must return {len(tasks)} finite weights, got {found.tolist()} of "
-                f"shape {tuple(found.shape)}"
-            )
-        self._lambda = self._lambda.clone()
-        self._lambda[tasks] = found
+        info.answer(getattr(self._weighting, "result", None))
         self._found = True
 
     @uncompiled
@@ -602,7 +519,7 @@ class MARIGOLD(Balancer):
             self._counted["stationary"] += 1
             self._found = True
             return
-        change = before.values - self._transformed(before.tasks, values)
+        change = before.values - self._upper.transformed(before.tasks, values)
         eta = 1.0 if self.options.famo else self.options.step_size
         if eta is None:
             assert before.copies is not None
@@ -637,34 +554,20 @@ class MARIGOLD(Balancer):
             )
 
     def _state(self) -> dict[str, Any]:
-        weighting = self._weighting.state_dict() if isinstance(self._weighting, Weighting) else {}
         return {
-            "lambda": self._lambda.clone(),
-            "rule": self._rule.state_dict(),
-            "gram": self._gram.clone(),
+            **self._upper.state_dict(),
             "estimates": self._estimates,
             "refreshed": self._refreshed,
             "known": self._known.state_dict(),
             "precision": self._probe.precision,
-            "weighting": weighting,
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        mine = self._state()
-        if set(state["rule"]) != set(mine["rule"]):
-            raise ValueError(
-                f"state_dict must be of the same rule for lambda, which keeps "
-                f"{sorted(mine['rule'])}, got {sorted(state['rule'])}"
-            )
-        self._lambda = state["lambda"].clone()
-        self._rule.load_state_dict(state["rule"])
-        self._gram = state["gram"].clone()
+        self._upper.load_state_dict(state)
         self._estimates = state["estimates"]
         self._refreshed = state["refreshed"]
         self._known.load_state_dict(state["known"])
         self._probe.precision = state["precision"]
-        if isinstance(self._weighting, Weighting):
-            self._weighting.load_state_dict(state["weighting"])
         self._reuse = None
         self._recorded = None
 
@@ -679,18 +582,3 @@ class MARIGOLD(Balancer):
         if self.estimator == "directions":
             names += ["n_directions", "distribution"]
         return {name: getattr(self.options, name) for name in names}
-
-
-def _weighting(options: Options) -> GramCriterion:
-    """The weighting of a criterion."""
-    if not isinstance(options.criterion, str):
-        return options.criterion
-    if options.criterion == "bargaining":
-        return weightings.Bargaining(preference=options.preference)
-    classes: dict[str, type[Weighting]] = {
-        "mgda": weightings.MGDA,
-        "imtl_g": weightings.IMTLG,
-        "cagrad": weightings.CAGrad,
-        "fairgrad": weightings.FairGrad,
-    }
-    return classes[options.criterion]()

@@ -87,7 +87,8 @@ class Replay:
         self._seen: dict[tuple[int, str], tuple[nn.Module, Tensor, Tensor]] = {}
         self._attributes: dict[nn.Module, dict[str, Tensor]] = {}
         self._hook: RemovableHandle | None = None
-        self._freezes = False
+        inductor: Any = sys.modules.get("torch._inductor.config")
+        self._freezes = inductor is not None and inductor.freezing
         self._thread = get_ident()
 
     def run(self, compute: Callable[[], Result]) -> Result:
@@ -104,8 +105,6 @@ class Replay:
 
     def begin(self) -> None:
         """Before an evaluation."""
-        inductor: Any = sys.modules.get("torch._inductor.config")
-        self._freezes = inductor is not None and inductor.freezing
         self._start.restore()
         if self._module is None:
             self._hook = register_module_forward_pre_hook(self._remember)
