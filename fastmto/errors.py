@@ -18,6 +18,14 @@ class SolverError(RuntimeError):
     Args:
         message: what was asked, what came.
         status: the solver's status, e.g. "near_stationary".
+
+    Example:
+        >>> import torch, fastmto
+        >>> try:
+        ...     fastmto.weightings.Bargaining()(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
+        ... except fastmto.errors.SolverError as error:
+        ...     print(error.status)
+        near_stationary
     """
 
     def __init__(self, message: str, status: str) -> None:

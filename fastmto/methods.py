@@ -94,7 +94,13 @@ _BY_NAME = {_plain(name): method for method in TABLE for name in (method.key, *m
 
 
 def available() -> list[str]:
-    """The names that `fastmto.get` takes, without their aliases."""
+    """The names that `fastmto.get` takes, without their aliases.
+
+    Example:
+        >>> import fastmto
+        >>> "nashmtl" in fastmto.available()
+        True
+    """
     return [method.key for method in TABLE if method.name]
 
 

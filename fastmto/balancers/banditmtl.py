@@ -54,6 +54,15 @@ class BanditMTL(LossBalancer):
 
     Raises:
         ValueError: an argument out of range.
+
+    Example:
+        >>> import torch, fastmto
+        >>> trunk, heads = torch.nn.Linear(4, 8), [torch.nn.Linear(8, 1) for _ in range(2)]
+        >>> balancer = fastmto.balancers.BanditMTL()
+        >>> losses = [head(trunk(torch.ones(3, 4))).exp().mean() for head in heads]
+        >>> loss, info = balancer.backward(losses, trunk.parameters())
+        >>> info.weights.shape
+        torch.Size([2])
     """
 
     key = "banditmtl"

@@ -36,6 +36,16 @@ class DBMTL(GradientBalancer):
         beta: forgetting rate in [0, 1).
         decay: how fast it falls, >= 0. The paper tunes both.
         n_tasks, options: as `GradientBalancer`.
+
+    Example:
+        >>> import torch, fastmto
+        >>> trunk, heads = torch.nn.Linear(4, 8), [torch.nn.Linear(8, 1) for _ in range(2)]
+        >>> balancer = fastmto.balancers.DBMTL()
+        >>> losses = [head(trunk(torch.ones(3, 4))).exp().mean() for head in heads]
+        >>> owned = [head.parameters() for head in heads]
+        >>> loss, info = balancer.backward(losses, trunk.parameters(), owned)
+        >>> info.weights.shape
+        torch.Size([2])
     """
 
     key = "db_mtl"

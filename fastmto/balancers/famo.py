@@ -53,6 +53,16 @@ class FAMO(LossBalancer):
     Raises:
         ValueError: an argument out of range; a loss that is not above its minimum (see
             `LossBalancer`).
+
+    Example:
+        >>> import torch, fastmto
+        >>> trunk, heads = torch.nn.Linear(4, 8), [torch.nn.Linear(8, 1) for _ in range(2)]
+        >>> balancer = fastmto.balancers.FAMO()
+        >>> losses = [head(trunk(torch.ones(3, 4))).exp().mean() for head in heads]
+        >>> loss, info = balancer.backward(losses, trunk.parameters())
+        >>> info.weights.shape
+        torch.Size([2])
+        >>> balancer.update([loss.detach() for loss in losses])  # after the optimizer's step
     """
 
     key = "famo"

@@ -38,6 +38,16 @@ class GradDrop(GradientBalancer):
         leak: (T,) numbers in [0, 1], how much of a task's gradient is never masked; 0 by default.
         seed: of the random numbers.
         n_tasks, options: as `GradientBalancer`.
+
+    Example:
+        >>> import torch, fastmto
+        >>> trunk, heads = torch.nn.Linear(4, 8), [torch.nn.Linear(8, 1) for _ in range(2)]
+        >>> balancer = fastmto.balancers.GradDrop()
+        >>> losses = [head(trunk(torch.ones(3, 4))).exp().mean() for head in heads]
+        >>> owned = [head.parameters() for head in heads]
+        >>> loss, info = balancer.backward(losses, trunk.parameters(), owned)
+        >>> info.weights.shape
+        torch.Size([2])
     """
 
     key = "graddrop"

@@ -53,6 +53,15 @@ class GradNorm(LossBalancer):
     Raises:
         ValueError: an argument out of range or missing; a first loss that is not positive or a
             later one that is negative (see `LossBalancer`).
+
+    Example:
+        >>> import torch, fastmto
+        >>> trunk, heads = torch.nn.Linear(4, 8), [torch.nn.Linear(8, 1) for _ in range(2)]
+        >>> balancer = fastmto.balancers.GradNorm()
+        >>> losses = [head(trunk(torch.ones(3, 4))).exp().mean() for head in heads]
+        >>> loss, info = balancer.backward(losses, last_shared_parameters=trunk.parameters())
+        >>> info.weights.shape
+        torch.Size([2])
     """
 
     key = "gradnorm"

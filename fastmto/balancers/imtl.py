@@ -32,6 +32,18 @@ class IMTL(GramBalancer):
         n_tasks: T; needed before `parameters`, the T scalars s_i to give to the optimizer.
         device: of s.
         options: as `GradientBalancer`.
+
+    Example:
+        >>> import torch, fastmto
+        >>> trunk, heads = torch.nn.Linear(4, 8), [torch.nn.Linear(8, 1) for _ in range(2)]
+        >>> balancer = fastmto.balancers.IMTL(n_tasks=2)
+        >>> losses = [head(trunk(torch.ones(3, 4))).exp().mean() for head in heads]
+        >>> owned = [head.parameters() for head in heads]
+        >>> loss, info = balancer.backward(losses, trunk.parameters(), owned)
+        >>> info.weights.shape
+        torch.Size([2])
+        >>> len(balancer.parameters())  # learned scales, for the optimizer
+        2
     """
 
     key = "imtl"

@@ -27,6 +27,15 @@ class LS(LossBalancer):
 
     Raises:
         ValueError: weights that are not finite, or not T of them.
+
+    Example:
+        >>> import torch, fastmto
+        >>> trunk, heads = torch.nn.Linear(4, 8), [torch.nn.Linear(8, 1) for _ in range(2)]
+        >>> balancer = fastmto.balancers.LS(task_weights=[1.0, 0.5])
+        >>> losses = [head(trunk(torch.ones(3, 4))).exp().mean() for head in heads]
+        >>> loss, info = balancer.backward(losses, trunk.parameters())
+        >>> info.weights.shape
+        torch.Size([2])
     """
 
     key = "ls"

@@ -33,6 +33,16 @@ class PUB(Balancer):
 
     Attributes:
         optimizer: the `fastmto.PUB`; None before the first `backward`.
+
+    Example:
+        >>> import torch, fastmto
+        >>> trunk, heads = torch.nn.Linear(4, 8), [torch.nn.Linear(8, 1) for _ in range(2)]
+        >>> balancer = fastmto.balancers.PUB(lr=1e-2)
+        >>> losses = [head(trunk(torch.ones(3, 4))).exp().mean() for head in heads]
+        >>> owned = [head.parameters() for head in heads]
+        >>> loss, info = balancer.backward(losses, trunk.parameters(), owned)
+        >>> info.weights.shape
+        torch.Size([2])
     """
 
     key = "pub"

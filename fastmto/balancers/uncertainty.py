@@ -36,6 +36,17 @@ class Uncertainty(LearningBalancer):
 
     Raises:
         ValueError: without `n_tasks`, or an argument out of range.
+
+    Example:
+        >>> import torch, fastmto
+        >>> trunk, heads = torch.nn.Linear(4, 8), [torch.nn.Linear(8, 1) for _ in range(2)]
+        >>> balancer = fastmto.balancers.Uncertainty(n_tasks=2)
+        >>> losses = [head(trunk(torch.ones(3, 4))).exp().mean() for head in heads]
+        >>> loss, info = balancer.backward(losses, trunk.parameters())
+        >>> info.weights.shape
+        torch.Size([2])
+        >>> len(balancer.parameters())  # learned noise levels, for the optimizer
+        2
     """
 
     key = "uncertainty"

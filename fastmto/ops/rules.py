@@ -124,6 +124,11 @@ class Adam(Rule):
     Args:
         betas: decay rates of the first and second moment, each in [0, 1).
         eps: added to the root, positive.
+
+    Example:
+        >>> import fastmto
+        >>> fastmto.rules.Adam(betas=(0.9, 0.99)).betas
+        (0.9, 0.99)
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -155,6 +160,11 @@ class AdaGrad(Rule):
     Args:
         eps: added to the root, positive.
         initial_accumulator_value: start of the sum of squares, at least 0.
+
+    Example:
+        >>> import fastmto
+        >>> fastmto.rules.AdaGrad(initial_accumulator_value=0.1).initial_accumulator_value
+        0.1
     """
 
     eps: float = 1e-10
@@ -195,6 +205,11 @@ class RMSProp(Rule):
         eps: added to the root, positive.
         momentum: mu, in [0, 1).
         centered: divide by the centred second moment.
+
+    Example:
+        >>> import fastmto
+        >>> fastmto.rules.RMSProp(momentum=0.9).momentum
+        0.9
     """
 
     alpha: float = 0.99
@@ -237,6 +252,11 @@ class Clippy:
     Args:
         lambda_rel: fraction of the parameter's size, at least 0.
         lambda_abs: absolute allowance, positive.
+
+    Example:
+        >>> import fastmto
+        >>> fastmto.rules.Clippy(lambda_rel=0.1).lambda_rel
+        0.1
     """
 
     lambda_rel: float = 0.5

@@ -24,6 +24,15 @@ class AdaTask(UpdateBalancer):
 
     Raises:
         ValueError: as `PUB`.
+
+    Example:
+        >>> import torch, fastmto
+        >>> trunk, heads = torch.nn.Linear(4, 8), [torch.nn.Linear(8, 1) for _ in range(2)]
+        >>> optimizer = fastmto.AdaTask(trunk.parameters(), [head.parameters() for head in heads])
+        >>> optimizer.backward([head(trunk(torch.ones(3, 4))).mean() for head in heads])
+        >>> optimizer.step()
+        >>> optimizer.state[trunk.bias]["exp_avg"].shape
+        torch.Size([2, 8])
     """
 
     def __init__(

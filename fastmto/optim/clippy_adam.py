@@ -38,6 +38,13 @@ class ClippyAdam(torch.optim.Optimizer):
 
     Raises:
         ValueError: an argument out of its range, or a parameter that cannot be trained.
+
+    Example:
+        >>> import torch, fastmto
+        >>> layer = torch.nn.Linear(4, 1)
+        >>> optimizer = fastmto.ClippyAdam(layer.parameters(), lr=1e-2)
+        >>> layer(torch.ones(3, 4)).mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(

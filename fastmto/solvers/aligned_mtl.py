@@ -46,6 +46,12 @@ def aligned_mtl(gram: Kind, scale: str = "min", eps: float | None = None) -> Res
     Raises:
         TypeError: gram is neither an array nor a tensor.
         ValueError: its shape or dtype, another scale, or eps out of range.
+
+    Example:
+        >>> import numpy as np, fastmto
+        >>> gram = np.array([[4.0, -1.0], [-1.0, 1.0]])
+        >>> fastmto.solvers.aligned_mtl(gram).status
+        'solved'
     """
     result = _aligned_mtl(gram, scale, eps)
     if result is not None:

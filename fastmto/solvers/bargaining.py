@@ -92,6 +92,12 @@ def bargaining(
         TypeError: gram is neither an array nor a tensor.
         ValueError: a shape, a dtype, the method, or a preference, warm start, tol, max_steps or
             ridge out of range.
+
+    Example:
+        >>> import numpy as np, fastmto
+        >>> gram = np.array([[4.0, -1.0], [-1.0, 1.0]])
+        >>> fastmto.solvers.bargaining(gram).status
+        'solved'
     """
     result = _bargaining(gram, method, preference, warm_start, tol, max_steps, ridge)
     if result is not None:

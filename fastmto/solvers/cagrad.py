@@ -41,6 +41,12 @@ def cagrad(gram: Kind, c: float = 0.4) -> Result[Kind]:
     Raises:
         TypeError: gram is neither an array nor a tensor.
         ValueError: its shape or dtype, or c out of range.
+
+    Example:
+        >>> import numpy as np, fastmto
+        >>> gram = np.array([[4.0, -1.0], [-1.0, 1.0]])
+        >>> fastmto.solvers.cagrad(gram, c=0.4).status
+        'solved'
     """
     result = _cagrad(gram, c)
     return converted(_cagrad, gram, c) if result is None else result

@@ -42,6 +42,18 @@ def dual_cone(gram: Kind, reference: Vector | None = None) -> Result[Kind]:
     Raises:
         TypeError: gram is neither an array nor a tensor.
         ValueError: its shape or dtype, or a reference that is not T finite numbers.
+
+    Example:
+        >>> import numpy as np, fastmto
+        >>> gram = np.array([[4.0, -1.0], [-1.0, 1.0]])
+        >>> fastmto.solvers.dual_cone(gram, np.ones(2)).status
+        'solved'
+
+    Example:
+        >>> import numpy as np, fastmto
+        >>> gram = np.array([[4.0, -1.0], [-1.0, 1.0]])
+        >>> fastmto.solvers.upgrad(gram).status
+        'solved'
     """
     result = _dual_cone(gram, reference)
     if result is not None:

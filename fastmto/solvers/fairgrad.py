@@ -36,6 +36,12 @@ def fairgrad(gram: Kind, alpha: float = 1.0) -> Result[Kind]:
     Raises:
         TypeError: gram is neither an array nor a tensor.
         ValueError: its shape or dtype, or alpha out of range.
+
+    Example:
+        >>> import numpy as np, fastmto
+        >>> gram = np.array([[4.0, -1.0], [-1.0, 1.0]])
+        >>> fastmto.solvers.fairgrad(gram, 2.0).status
+        'solved'
     """
     result = _fairgrad(gram, alpha)
     return converted(_fairgrad, gram, alpha) if result is None else result

@@ -36,6 +36,12 @@ def imtl_g(gram: Kind) -> Result[Kind]:
     Raises:
         TypeError: gram is neither an array nor a tensor.
         ValueError: its shape or dtype.
+
+    Example:
+        >>> import numpy as np, fastmto
+        >>> gram = np.array([[4.0, -1.0], [-1.0, 1.0]])
+        >>> fastmto.solvers.imtl_g(gram).status
+        'solved'
     """
     result = _imtl_g(gram)
     return converted(_imtl_g, gram) if result is None else result

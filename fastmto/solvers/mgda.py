@@ -37,6 +37,12 @@ def mgda(gram: Kind) -> Result[Kind]:
     Raises:
         TypeError: gram is neither an array nor a tensor.
         ValueError: its shape or dtype.
+
+    Example:
+        >>> import numpy as np, fastmto
+        >>> gram = np.array([[4.0, -1.0], [-1.0, 1.0]])
+        >>> fastmto.solvers.mgda(gram).status
+        'solved'
     """
     result = _mgda(gram)
     return converted(_mgda, gram) if result is None else result

@@ -26,6 +26,11 @@ def simplex_projection(vector: Kind) -> Result[Kind]:
     Raises:
         TypeError: vector is neither an array nor a tensor.
         ValueError: its shape or dtype.
+
+    Example:
+        >>> import numpy as np, fastmto
+        >>> fastmto.solvers.simplex_projection(np.array([2.0, 1.0])).weights.tolist()
+        [1.0, 0.0]
     """
     result = _simplex_projection(vector)
     return converted(_simplex_projection, vector, name="vector") if result is None else result
