@@ -365,3 +365,20 @@ def test_zeros_in_grad_are_nothing_to_lose():
     sum(models[0].losses(batch(4))).backward()
     with pytest.raises(RuntimeError, match="unbalanced="):
         ours.backward(models[0].losses(batch(4)))
+
+
+def test_what_cannot_accumulate_says_so():
+    model, x = net(), batch(0)
+    z = model.trunk(x)
+    losses = [head(z).square().mean() for head in model.heads]
+    heads = model.head_parameters()
+    with pytest.raises(ValueError, match="accumulate must be False with level='features'"):
+        fastmto.get("mgda_ub").backward(
+            losses, model.trunk.parameters(), heads, features=z, accumulate=True
+        )
+    for name in ("ls", "famo", "marigold"):
+        with pytest.raises(ValueError, match="accumulate must be False for"):
+            fastmto.get(name).backward(
+                losses, model.trunk.parameters(), closure=lambda: losses, accumulate=True
+            )
+    assert all(p.grad is None for p in model.parameters())

@@ -217,6 +217,11 @@ class GradientBalancer(Balancer):
 
     def _backward(self, batch: Batch, searches: bool) -> tuple[Tensor, Info]:
         """The step: losses -> rows -> Gram matrix -> weights -> joint row -> `.grad`."""
+        if batch.accumulate and self.level == "features":
+            raise ValueError(
+                "accumulate must be False with level='features': the features of two micro-batches "
+                "are other tensors, whose gradients cannot be added"
+            )
         level = self._level_for(batch)
         gradients = level.gradients
         if self._pending is None:

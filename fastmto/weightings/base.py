@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 #: Above it, weights found from a Gram matrix of float32 numbers are noise: cosines have an error of
 #: about 1e-8, and weights are off by kappa times that.
 KAPPA_LIMIT_FLOAT32 = 1e7
-MOST_KAPPA = KAPPA_LIMIT_FLOAT32  # the old name, while the engine uses it
 
 #: gram (n, n), weights (n,), info (4,), tasks or None; see `DecidesOnHost.device_solver`.
 DeviceSolver: TypeAlias = Callable[[Tensor, Tensor, Tensor, "Sequence[int] | None"], None]
@@ -163,14 +162,6 @@ class SolverWeighting(Weighting):
                 result.status,
             )
         return weights if weights.dtype is gram.dtype else _rounded(weights, gram.dtype)
-
-
-def speaks_for(one: object, hook: str, steps: Sequence[str]) -> bool:
-    """Whether a method of an object, `hook`, was written for the object's own `steps`: none of
-    these methods was overridden below the class that defines it."""
-    kind = type(one)
-    author = next(base for base in kind.__mro__ if hook in vars(base))
-    return all(getattr(kind, x, None) is getattr(author, x, None) for x in steps)
 
 
 def _rounded(weights: Tensor, dtype: torch.dtype) -> Tensor:
