@@ -279,3 +279,26 @@ def test_one_tensor_for_several_groups_is_parted_where_their_rates_differ():
     optimizer.load_state_dict(saved)
     assert [float(g["lr"]) for g in optimizer.param_groups] == pytest.approx([0.1, 0.2, 0.3])
     assert optimizer.param_groups[0]["lr"] is rate
+
+
+def test_a_state_of_db_mtl_by_fastmto_0_1_0_goes_on():
+    """It held the smoothed gradients in flat rows, one for each dtype, gaps between tensors and
+    all."""
+    models = [net() for _ in range(2)]
+    ours, old = fastmto.get("db_mtl"), fastmto.get("db_mtl")
+
+    def step(balancer, model, t):
+        model.zero_grad()
+        balancer.backward(model.losses(batch(t)), model.trunk.parameters(), model.head_parameters())
+
+    for t in range(3):
+        step(ours, models[0], t)
+    state = ours.state_dict()
+    state["state"]["smoothed"] = [row.clone() for row in ours._smoothed]
+    assert [row.dim() for row in state["state"]["smoothed"]] == [2]
+    old.load_state_dict(state)
+    for t in range(3, 6):
+        step(ours, models[0], t)
+        step(old, models[1], t)
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            assert torch.equal(p.grad, q.grad)

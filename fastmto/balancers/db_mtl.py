@@ -87,13 +87,19 @@ class DBMTL(GradientBalancer):
         shapes = [tuple(p.shape) for p in self._given]
         if kept and not any(p in kept for p in self._given):
             # Of a loaded state or another model: in the order of the parameters.
-            got = [tuple(e.shape[1:]) for e in kept.values()]
-            if got != shapes:
+            got = [tuple(e.shape) for e in kept.values()]
+            if got == [tuple(row.shape) for row in rows]:
+                # fastmto 0.1.0 saved the rows themselves.
+                for row, old_row in zip(rows, kept.values(), strict=True):
+                    row.copy_(old_row)
+                kept = {}
+            elif [shape[1:] for shape in got] != shapes:
                 raise ValueError(
                     "shared_parameters must be laid out as before: the smoothed gradients have "
-                    f"the shapes {got}, these have {shapes}"
+                    f"the shapes {got}, (T, *shape) of each parameter; these have {shapes}"
                 )
-            kept = dict(zip(self._given, kept.values(), strict=True))
+            else:
+                kept = dict(zip(self._given, kept.values(), strict=True))
         for p, piece in zip(new.targets, new.stacked_views(rows), strict=True):
             if p in kept:
                 piece.copy_(kept.pop(p))
